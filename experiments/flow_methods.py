@@ -1,0 +1,151 @@
+"""The methods of the flow domain as four functions each: Flow-OPD, Flow-GRPO and distillation on teachers' pictures.
+
+The student is an adapter on a frozen backbone, so are the teachers; every function here takes adapters as parameters.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from experiments.scenes import SHAPE
+from opd_jax import optim, rng
+from opd_jax.losses import flow_matching, flow_opd, policy_gradient
+from opd_jax.losses.policy_gradient import RewardLabels
+from opd_jax.models import lora
+from opd_jax.sampling import flow
+from opd_jax.types import FlowLabels, Method
+from opd_jax.worlds import scene_verifiers, scenes
+
+
+def adapted_velocity(model, scale: float, backbone) -> Partial:
+    """`velocity_fn(adapter, x, t, tokens)`: the backbone wearing one adapter."""
+    return Partial(functools.partial(_adapted, model, scale), backbone)
+
+
+def _adapted(model, scale, backbone, adapter, x, t, tokens):
+    params = lora.merge(backbone, adapter, scale) if adapter else backbone
+    return model.apply({"params": params}, x, t, *scenes.encode(tokens))
+
+
+def routed_velocity(model, scale: float, backbone) -> Partial:
+    """`velocity_fn(adapters, x, t, (tokens, task))`: every record by the teacher of its task, in one forward."""
+    return Partial(functools.partial(_routed, model, scale), backbone)
+
+
+def _routed(model, scale, backbone, adapters, x, t, condition):
+    tokens, task = condition
+    return lora.routed_apply(model, backbone, adapters, task, scale, x, t, *scenes.encode(tokens))
+
+
+class Sampling(NamedTuple):
+    """How a path is sampled: hashable, so that it can be a static argument."""
+
+    kind: str
+    steps: int
+    shift: float
+    noise_level: float
+    group: int  # paths for each prompt
+    window: int = 0  # this many consecutive steps of the first half are stochastic, the rest an ODE's; 0: all are
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample_paths(sampling: Sampling, velocity_fn, params, batch, key):
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
+    count = batch["tokens"].shape[0]
+    times = flow.time_grid(sampling.steps, sampling.shift)
+    levels = jnp.full(sampling.steps, sampling.noise_level)
+    if sampling.window:
+        levels = flow.sde_window(rng.at_step(key, 1), sampling.steps, sampling.window, sampling.noise_level)
+    keys = rng.per_record(rng.at_step(key, 0), count)
+    path = flow.sample(velocity_fn, params, batch["tokens"], keys, SHAPE, times, levels, sampling.kind)
+    return flow.as_rollout(path, batch["tokens"], batch["task"], jnp.arange(count) // sampling.group, times, levels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
+    adapters, anchor_adapter = params
+    states, times = rollout.states[:, :-1], rollout.times[0, :-1]
+    routed = flow.velocities(teachers, adapters, (rollout.condition, rollout.task), states, times)
+    if not with_anchor:
+        return FlowLabels(routed)
+    return FlowLabels(routed, flow.velocities(anchor, anchor_adapter, rollout.condition, states, times))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise_teacher_pictures(sampling: Sampling, teachers, adapters, _, batch, key):
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
+    keys = rng.per_record(rng.at_step(key, 0), batch["tokens"].shape[0])
+    times = flow.time_grid(sampling.steps, sampling.shift)
+    images = flow.generate(teachers, adapters, (batch["tokens"], batch["task"]), keys, SHAPE, times)
+    return flow_matching.noised(images, batch["tokens"], rng.per_record(rng.at_step(key, 1), len(images)))
+
+
+def opd_update(student: Partial, config, recipe) -> tuple:
+    """Flow-OPD's update and its optimiser. `recipe` is an arm: estimator, weighting, anchor weight, sizes."""
+    return _update(
+        flow_opd.ESTIMATORS[recipe.estimator](
+            student, weighting=recipe.weighting, kind=config.sampler.kind, anchor_weight=recipe.anchor_weight
+        ),
+        recipe,
+    )
+
+
+def opd_method(student: Partial, teachers: Partial, update, config, recipe) -> Method:
+    """Flow-OPD. `teacher_params` is `(adapters in the order of the tasks, the anchor's adapter)`."""
+    sample = functools.partial(_sample_paths, Sampling(**config.sampler, group=recipe.group), student)
+    label = functools.partial(_label_states, recipe.anchor_weight > 0, teachers, student)
+    return Method(sample, label, update)
+
+
+def grpo_update(student: Partial, config, recipe) -> tuple:
+    """Flow-GRPO's update and its optimiser."""
+    return _update(
+        policy_gradient.grpo(student, kind=config.sampler.kind, clip=recipe.clip, window=recipe.window), recipe
+    )
+
+
+def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, recipe) -> Method:
+    """Flow-GRPO, the fast recipe: `rewards[task]` judges a record of that task."""
+
+    def label(_, rollout):
+        images, task = np.asarray(rollout.states[:, -1]), np.asarray(rollout.task)
+        captions = [scenes.caption_of(tokens) for tokens in np.asarray(rollout.condition)]
+        reward = np.zeros(len(captions), np.float32)
+        for index, name in enumerate(rewards):
+            mine = np.flatnonzero(task == index)
+            if mine.size:
+                reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
+        reward = jax.device_put(reward, rollout.task.sharding)
+        advantage = policy_gradient.group_advantages(reward, rollout.group, len(captions) // recipe.group)
+        return RewardLabels(advantage, reward=reward)
+
+    sampling = Sampling(**config.sampler, group=recipe.group, window=recipe.window)
+    return Method(functools.partial(_sample_paths, sampling, student), label, update)
+
+
+def offline_update(student: Partial, recipe) -> tuple:
+    """The update of SFT on given pictures and its optimiser."""
+    return _update(flow_matching.supervise(student), recipe)
+
+
+def offline_method(teachers: Partial, adapters, update, config, recipe) -> Method:
+    """Distillation on the teachers' pictures instead of the student's states: SFT, and the offline baseline."""
+    sampling = Sampling(**config.sampler, group=recipe.group)
+    sample = functools.partial(_noise_teacher_pictures, sampling, teachers, adapters)
+    return Method(sample, lambda _, rollout: rollout.velocity, update)
+
+
+def _update(supervise, recipe) -> tuple:
+    optimizer = optim.adamw(recipe.learning_rate, warmup=recipe.warmup)
+    update = optim.dense(
+        supervise,
+        optimizer,
+        micro_batches=recipe.micro_batches,
+        updates=recipe.get("updates", 1),
+        ema_decay=recipe.ema_decay,
+    )
+    return update, optimizer

@@ -1,0 +1,266 @@
+"""Flow-OPD on the scenes world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import flow_methods, scenes, stages
+from opd_jax import loop, metrics, optim, report, rng, sharding
+from opd_jax.config import checks, versions
+from opd_jax.losses import flow_opd as losses
+from opd_jax.losses import gaussians
+from opd_jax.models import lora
+from opd_jax.worlds.scene_verifiers import REWARDS
+
+COLUMNS = (*REWARDS, "average")
+SHOWN = 10  # pictures of each model in the report
+
+
+def validate(config, mesh) -> None:
+    """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
+    with checks() as check:
+        for name in config.tasks:
+            check(name in config.teachers, f"tasks: {name!r} has no teacher; teachers are {list(config.teachers)}")
+        check(config.anchor in config.teachers, f"anchor={config.anchor!r}: choose one of {list(config.teachers)}")
+        check(config.sampler.kind in gaussians.KINDS, f"sampler.kind={config.sampler.kind!r}: one of {gaussians.KINDS}")
+        check(
+            1 <= config.grpo.window <= config.sampler.steps,
+            f"grpo.window={config.grpo.window}: choose 1..{config.sampler.steps}, at most sampler.steps",
+        )
+        for name in config.arms:
+            arm = arm_recipe(config, name)
+            known = tuple(losses.ESTIMATORS)
+            check(arm.estimator in known, f"arms.{name}.estimator={arm.estimator!r}: choose one of {known}")
+            known = gaussians.WEIGHTINGS
+            check(arm.weighting in known, f"arms.{name}.weighting={arm.weighting!r}: choose one of {known}")
+    for name, part in (("grpo", config.grpo), ("opd", config.opd)):
+        sharding.batch_must_divide(part.prompts, mesh, f"{name}.prompts")
+    if config.shipped:
+        for name in ("base", *config.teachers, "grpo_mix"):
+            stages.load(stages.SHIPPED / f"scenes_{name}.safetensors")
+
+
+def arm_recipe(config, name: str):
+    """The settings of one student: `config.opd` with what its arm changes."""
+    recipe = config.opd.copy_and_resolve_references()
+    with recipe.unlocked():
+        recipe.update(config.arms[name])
+    return recipe
+
+
+class Experiment:
+    """The pieces that the stages share, and the stages themselves, each made once.
+
+    The velocity functions are made here, once: jit recognises a function by identity.
+    """
+
+    def __init__(self, config, workdir: Path, mesh):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.model = scenes.module(config)
+        self.about = {"command": " ".join(sys.argv)}
+        self.base = self.load_base()
+        backbone = sharding.replicate(self.base.params, mesh)
+        self.velocity = flow_methods.adapted_velocity(self.model, config.lora.scale, backbone)
+        self.updates = {}
+        self.routed = flow_methods.routed_velocity(self.model, config.lora.scale, backbone)
+
+    def made(self, name: str, settings, upstream, make) -> stages.Made:
+        recipe = stages.recipe_of(settings, *upstream)
+        if self.config.shipped and (shipped := stages.SHIPPED / f"scenes_{name}.safetensors").exists():
+            return stages.load(shipped)
+        return stages.once(name, self.workdir, recipe, make, self.about)
+
+    def load_base(self) -> stages.Made:
+        """The shipped model, made by `configs/scenes_base.py`; a random one where the config asks for another size."""
+
+        def random():
+            return scenes.init_params(self.model, self.config.seed), 0
+
+        if self.config.model.num_layers == 4:
+            return stages.load(stages.SHIPPED / "scenes_base.safetensors")
+        return self.made("random_base", self.config.model.to_dict(), (), random)
+
+    def adapter(self, seed: int, rank: int):
+        return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
+
+    def update(self, name: str) -> tuple:
+        """The compiled update of an arm, or of GRPO, and its optimiser: one for all seeds and all rewards."""
+        if name not in self.updates:
+            self.updates[name] = self.new_update(name)
+        return self.updates[name]
+
+    def new_update(self, name: str) -> tuple:
+        if name == "grpo":
+            return flow_methods.grpo_update(self.velocity, self.config, self.config.grpo)
+        recipe = arm_recipe(self.config, name)
+        if recipe.method == "offline":
+            return flow_methods.offline_update(self.velocity, recipe)
+        return flow_methods.opd_update(self.velocity, self.config, recipe)
+
+    def train(self, stage: str, method, optimizer, adapter, batches, steps: int, seed: int, teacher_params=None):
+        """Runs the loop on an adapter and returns its average over time."""
+        state = sharding.replicate(optim.init_state(adapter, optimizer), self.mesh)
+        state, _ = loop.run(
+            method,
+            state,
+            batches,
+            workdir=self.workdir,
+            stage=stage,
+            steps=steps,
+            seed=seed,
+            teacher_params=teacher_params,
+            save_every=self.config.save_every,
+        )
+        return state.ema
+
+    def grpo(self, name: str, prompts: tuple, rewards: tuple, steps: int) -> stages.Made:
+        """A specialist (one reward) or the mixture baseline (all of them), by Flow-GRPO from the base."""
+        config, recipe = self.config, self.config.grpo
+
+        def make():
+            update, optimizer = self.update("grpo")
+            method = flow_methods.grpo_method(self.velocity, rewards, update, config, recipe)
+            batches = scenes.prompts(prompts, recipe.prompts, config.seed, self.mesh)
+            adapter = self.adapter(config.seed, config.lora.rank)
+            trained = self.train(f"grpo_{name}", method, optimizer, adapter, batches, steps, config.seed)
+            return trained, steps * recipe.prompts * recipe.group
+
+        settings = {
+            "grpo": recipe.to_dict(),
+            "steps": steps,
+            "prompts": prompts,
+            "rewards": rewards,
+            "lora": config.lora.to_dict(),
+            "sampler": config.sampler.to_dict(),
+            "seed": config.seed,
+        }
+        return self.made(name, settings, (self.base,), make)
+
+    def student(self, name: str, seed: int, teachers: dict[str, stages.Made]) -> stages.Made:
+        """One arm of the comparison: a student distilled from the teachers, one way or another."""
+        config, recipe = self.config, arm_recipe(self.config, name)
+
+        def make():
+            adapters = sharding.replicate([teachers[task].params for task in config.tasks], self.mesh)
+            anchor = sharding.replicate(teachers[config.anchor].params, self.mesh)
+            start = self.merged(teachers)
+            if recipe.init == "base":
+                start = self.adapter(seed, config.lora.rank * len(teachers))
+            update, optimizer = self.update(name)
+            if recipe.method == "offline":
+                method = flow_methods.offline_method(self.routed, adapters, update, config, recipe)
+            else:
+                method = flow_methods.opd_method(self.velocity, self.routed, update, config, recipe)
+            batches = scenes.prompts(config.tasks, recipe.prompts, seed, self.mesh)
+            labels = (adapters, anchor)
+            stage = f"{name}_seed{seed}"
+            trained = self.train(stage, method, optimizer, start, batches, recipe.steps, seed, labels)
+            return trained, recipe.steps * recipe.prompts * recipe.group
+
+        settings = {"arm": recipe.to_dict(), "sampler": config.sampler.to_dict(), "seed": seed, "anchor": config.anchor}
+        recipe_hash = stages.recipe_of(settings, self.base, *teachers.values())
+        return stages.once(f"{name}_seed{seed}", self.workdir, recipe_hash, make, self.about)
+
+    def merged(self, teachers: dict[str, stages.Made]):
+        """The cold start: one adapter whose update is exactly the mean of the teachers' updates."""
+        return lora.average([made.params for made in teachers.values()])
+
+    def scores(self, adapter) -> dict[str, float]:
+        captions = scenes.held_out(self.config.eval.prompts, self.config.eval.seed)
+        found = scenes.score(self.velocity, adapter, captions, **self.sampler())
+        return found | {"average": float(np.mean([found[name] for name in REWARDS]))}
+
+    def sampler(self) -> dict:
+        return {name: self.config.eval[name] for name in ("steps", "shift", "seed")}
+
+    def pictures(self, adapter, captions) -> np.ndarray:
+        return scenes.pictures(self.velocity, adapter, captions, **self.sampler())
+
+
+def run(config, workdir: Path, mesh) -> None:
+    began = time.time()
+    experiment = Experiment(config, workdir, mesh)
+    teachers = {
+        name: experiment.grpo(name, tuple(part.prompts), tuple(part.rewards), config.grpo.steps)
+        for name, part in config.teachers.items()
+    }
+    mix_steps = config.grpo_mix_steps
+    mix = experiment.grpo("grpo_mix", tuple(config.grpo_mix.prompts), tuple(config.grpo_mix.rewards), mix_steps)
+    cold = experiment.merged(teachers)
+    students = {name: [experiment.student(name, seed, teachers) for seed in config.seeds] for name in config.arms}
+
+    spent = (sum(made.seconds for made in teachers.values()), sum(made.images for made in teachers.values()))
+    rows = [row("base", [experiment.scores({})], 0, 0)]
+    rows += [
+        row(f"teacher: {name}", [experiment.scores(made.params)], made.seconds, made.images)
+        for name, made in teachers.items()
+    ]
+    rows.append(row("GRPO-mix", [experiment.scores(mix.params)], mix.seconds, mix.images))
+    rows.append(row("cold start (merge)", [experiment.scores(cold)], *spent))
+    for name, arms in students.items():
+        results = [experiment.scores(made.params) for made in arms]
+        seconds, images = np.mean([made.seconds for made in arms]), arms[0].images
+        rows.append(row(name, results, spent[0] + seconds, spent[1] + images))
+    write(experiment, teachers, mix, cold, students, rows, time.time() - began)
+
+
+def row(name: str, results: list[dict[str, float]], seconds: float, images: int) -> dict:
+    """A row of the table: mean and, over several seeds, standard deviation; seconds and images with the teachers'."""
+    columns = {}
+    for column in COLUMNS:
+        values = [result[column] for result in results]
+        columns[f"{column} ↑"] = (
+            report.Estimate(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else values[0]
+        )
+    return {"model": name, **columns, "seconds": round(float(seconds)), "images": int(images)}
+
+
+def write(experiment, teachers, mix, cold, students, rows, seconds) -> None:
+    """summary.json, report.html and the table on the terminal."""
+    config, workdir = experiment.config, experiment.workdir
+    captions = scenes.held_out(SHOWN, config.eval.seed + 1)
+    models = {"base": {}} | {f"teacher: {name}": made.params for name, made in teachers.items()}
+    models |= {"GRPO-mix": mix.params, "cold start (merge)": cold}
+    models |= {name: arms[0].params for name, arms in students.items()}
+    samples = [
+        report.Samples(
+            f"{task}: the same prompts and the same noise for every model",
+            texts,
+            {name: experiment.pictures(adapter, texts) for name, adapter in models.items()},
+        )
+        for task, texts in captions.items()
+    ]
+    rows_logged = metrics.read_metrics(workdir)
+    made = {f"grpo {name}": part for name, part in teachers.items()} | {"GRPO-mix": mix}
+    made |= {name: arms[0] for name, arms in students.items()}
+    timings = {name: part.seconds for name, part in made.items()}
+    main = students["flow_opd"][0] if "flow_opd" in students else experiment.base
+    report.write_summary(
+        workdir / "summary.json",
+        {
+            "table": rows,
+            "params_sha256": main.sha256,
+            "params_sha256_of": {name: part.sha256 for name, part in ({"base": experiment.base} | made).items()},
+            "seconds": timings | {"total": seconds},
+        },
+    )
+    report.write_report(
+        workdir / "report.html",
+        title="Flow-OPD: several teachers, one student",
+        command=experiment.about["command"],
+        tables={"Held-out prompts": rows},
+        curves=report.curves_from(rows_logged, ("loss", "reward", "reverse_kl", "velocity_error", "anchor_error")),
+        images=samples,
+        timings=timings,
+        versions=versions(),
+        notes=[
+            "Seconds and images of a student include its teachers'. Composition and ocr are of their own prompts, "
+            "quality of both; all prompts are held out.",
+            f"params_sha256 of flow_opd: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
+        ],
+    )
+    print(report.format_table(rows))
+    print(f"\nreport: {workdir / 'report.html'}    pictures: python experiments/sample.py {workdir} 'a red circle'")

@@ -1,0 +1,38 @@
+"""Runs an experiment: `python experiments/main.py --config=configs/flow_opd.py[:variant] [--config.a.b=value]`."""
+
+import importlib
+import os
+import time
+
+# On CPU, two single-threaded devices are faster than one device with two threads: every operation is parallel, not
+# matrix products alone. The number is fixed, so that a result does not depend on the machine's cores.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false")
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from opd_jax import config as config_lib
+from opd_jax import sharding
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/, with `:variant` if wanted.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/NAME-TIME.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir; it ends as if it had not stopped.")
+
+
+def main(_) -> None:
+    if _CONFIG.value is None:
+        raise config_lib.ConfigError("--config is missing: give a file, such as --config=configs/flow_opd.py")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    logging.set_verbosity(logging.WARNING)
+    config = _CONFIG.value
+    experiment = importlib.import_module(f"experiments.{config.experiment}")
+    mesh = sharding.make_mesh(config.mesh)
+    experiment.validate(config, mesh)
+    workdir = _WORKDIR.value or os.path.join("runs", f"{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}")
+    workdir = config_lib.prepare_workdir(workdir, config, resume=_RESUME.value)
+    experiment.run(config, workdir, mesh)
+
+
+if __name__ == "__main__":
+    config_lib.run(main)

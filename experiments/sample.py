@@ -1,0 +1,67 @@
+"""Draws pictures from any stage of a finished or running flow run.
+
+python experiments/sample.py WORKDIR "two red circles left of a blue square" [--stage=flow_opd] [--count=16]
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import flow_methods, scenes, stages
+from opd_jax import config as config_lib
+from opd_jax import report
+from opd_jax.config import ConfigError
+from opd_jax.worlds.scenes import parse
+
+_STAGE = flags.DEFINE_string("stage", None, "Stage to draw from; default the main student, else the last one made.")
+_COUNT = flags.DEFINE_integer("count", 16, "Number of pictures.", lower_bound=1, upper_bound=256)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps of the ODE.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "PNG to write; default WORKDIR/samples/STAGE.png.")
+
+
+def checkpoints(workdir: Path) -> dict[str, Path]:
+    """Every stage with parameters: those made in this run, in order, after those it started from."""
+    own = sorted([*workdir.glob("*.safetensors"), *(workdir / "stages").glob("*.safetensors")], key=os.path.getmtime)
+    shipped = {path.stem.removeprefix("scenes_"): path for path in sorted(stages.SHIPPED.glob("scenes_*.safetensors"))}
+    return shipped | {path.stem.rsplit("-", 1)[0]: path for path in own}
+
+
+def main(argv) -> None:
+    if len(argv) < 3:
+        raise ConfigError('usage: python experiments/sample.py WORKDIR "two red circles left of a blue square"')
+    workdir, captions = Path(argv[1]), argv[2:]
+    if not (workdir / "config.json").exists():
+        raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
+    try:
+        captions = [parse(caption).caption for caption in captions]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    config = config_lib.load(workdir / "config.json")
+    found = checkpoints(workdir)
+    students = [name for name in found if name.startswith("flow_opd_seed")]
+    stage = _STAGE.value or (students or list(found))[-1]
+    if stage not in found:
+        raise ConfigError(f"--stage={stage}: not made yet; there are {', '.join(found)}")
+    made = stages.load(found[stage])
+    model = scenes.module(config)
+    if "pos_embed" in made.params:  # a backbone, not an adapter
+        velocity = scenes.full_velocity(model)
+    else:
+        base = stages.load(found.get("random_base", found["base"]))
+        velocity = flow_methods.adapted_velocity(model, config.lora.scale, base.params)
+    each = [caption for caption in captions for _ in range(_COUNT.value)]
+    images = scenes.pictures(velocity, made.params, each, steps=_STEPS.value, shift=2.0, seed=_SEED.value)
+    path = Path(_OUT.value) if _OUT.value else workdir / "samples" / f"{stage}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.image_grid(images, min(_COUNT.value, 8), 4).save(path)
+    print(f"{path}: {len(images)} pictures from {stage}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    config_lib.run(main)

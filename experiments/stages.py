@@ -1,0 +1,66 @@
+"""Stages of an experiment, each done once: what it makes is kept under the hash of everything it depends on."""
+
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from opd_jax.checkpoint import load_params, params_sha256, save_params
+from opd_jax.config import ConfigError, fingerprint
+from opd_jax.types import PyTree
+
+SHIPPED = Path(str(resources.files("opd_jax"))) / "worlds" / "weights"
+
+
+class Made(NamedTuple):
+    """A finished stage: its parameters, the hash of its recipe, and what making it cost."""
+
+    params: PyTree
+    recipe: str
+    sha256: str
+    seconds: float  # of wall time, by this stage alone
+    images: int  # sampled by this stage alone
+
+
+def recipe_of(settings: Any, *upstream: Made) -> str:
+    """Hash of a stage's settings and of the recipes it builds on: what a cached result must agree with."""
+    return fingerprint({"settings": settings, "upstream": [made.recipe for made in upstream]})
+
+
+def load(path: Path, recipe: str | None = None) -> Made:
+    """A finished stage from its file. Raises: ConfigError when it was made by another recipe, or is damaged."""
+    params, about = load_params(path)
+    if recipe is not None and about.get("recipe") != recipe:
+        raise ConfigError(
+            f"{path}: made by recipe {str(about.get('recipe'))[:12]}, this config asks for {recipe[:12]}; "
+            "use the config it was made with, or make it again with the variant 'full'"
+        )
+    sha = params_sha256(params)
+    if about.get("params_sha256") not in (None, sha):
+        raise ConfigError(f"{path}: its parameters do not have the hash it states; fetch or make the file again")
+    return Made(params, about["recipe"], sha, float(about.get("seconds", 0)), int(about.get("images", 0)))
+
+
+def save(path: Path, made: Made, about: dict[str, Any]) -> None:
+    facts = {"recipe": made.recipe, "params_sha256": made.sha256, "seconds": made.seconds, "images": made.images}
+    save_params(path, made.params, facts | about)
+
+
+def once(name: str, workdir: Path, recipe: str, make: Callable[[], tuple[PyTree, int]], about: dict) -> Made:
+    """The stage `name`: read from `workdir/stages` when it is there, else made, timed and written.
+
+    Args:
+        make: returns the parameters and the number of images sampled; killed half way it must be able to resume.
+    """
+    path = workdir / "stages" / f"{name}-{recipe[:12]}.safetensors"
+    if path.exists():
+        return load(path, recipe)
+    began = time.time()
+    params, images = make()
+    params = jax.device_get(params)
+    made = Made(params, recipe, params_sha256(params), time.time() - began, images)
+    save(path, made, about | {"stage": name})
+    return made

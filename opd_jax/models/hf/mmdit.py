@@ -1,0 +1,200 @@
+"""Stable Diffusion 3 and 3.5 transformers: a diffusers directory to `MMDiT` and back, without torch.
+
+A directory holds `config.json` and `diffusion_pytorch_model.safetensors`, or shards of it named by
+`diffusion_pytorch_model.safetensors.index.json`. A torch Linear is `[out, in]`, a Flax kernel `[in, out]`; the patch
+convolution `[D, C, p, p]` becomes a Dense on flattened patches `[p * p * C, D]`. Data types stay as stored.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from opd_jax.models.mmdit import MMDiT
+
+Params = dict[str, Any]
+
+CLASS_NAME = "SD3Transformer2DModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# diffusers' argument -> (MMDiT's field, diffusers' default, which a config may leave out)
+CONFIG = {
+    "sample_size": ("sample_size", 128),
+    "patch_size": ("patch_size", 2),
+    "in_channels": ("in_channels", 16),
+    "num_layers": ("num_layers", 18),
+    "attention_head_dim": ("head_dim", 64),
+    "num_attention_heads": ("num_heads", 18),
+    "joint_attention_dim": ("joint_attention_dim", 4096),
+    "pooled_projection_dim": ("pooled_projection_dim", 2048),
+    "out_channels": ("out_channels", 16),
+    "pos_embed_max_size": ("pos_embed_max_size", 96),
+    "dual_attention_layers": ("dual_attention_layers", ()),
+    "qk_norm": ("qk_norm", None),
+}
+# Flax path -> diffusers name, applied in turn
+RENAMES = (
+    (r"^pos_embed$", "pos_embed.pos_embed"),
+    (r"^patch_embed/", "pos_embed.proj/"),
+    (r"^(timestep|text)_embedder/", r"time_text_embed.\1_embedder/"),
+    (r"^blocks_(\d+)/", r"transformer_blocks.\1/"),
+    (r"(^|/)(norm1|norm1_context|norm_out)/", r"\1\2.linear/"),
+    (r"/to_out/", "/to_out.0/"),
+    (r"/proj_in/", "/net.0.proj/"),
+    (r"/proj_out/", "/net.2/"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/", "."),
+)
+
+
+def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
+    """The module a diffusers SD3 transformer directory describes, and its parameters.
+
+    Tensors are read one at a time, so the peak is one copy of the parameters and one tensor.
+
+    Args:
+      directory: a local directory, such as the `transformer` folder of a Stable Diffusion 3.5 snapshot.
+
+    Returns:
+      `(module, params)`; parameters keep the stored data type; the module computes in float32, or as
+      `module.clone(dtype=...)` says.
+
+    Raises:
+      FileNotFoundError: naming the file that is absent.
+      ValueError: naming the corrupt file, the class or config key it does not know, or every missing or unexpected
+        tensor, or the tensor whose shape is wrong.
+    """
+    directory = Path(directory)
+    module = _module(directory / "config.json")
+    expected = {_name(path): (path, leaf.shape) for path, leaf in _shapes(module).items()}
+    where = _tensor_files(directory)
+    missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(f"{directory} does not match its config.json: missing {missing}, unexpected {extra}")
+    params = {}
+    for file in sorted(set(where.values())):
+        with _open(file) as tensors:
+            for name in (n for n, f in where.items() if f == file):
+                path, shape = expected[name]
+                params[path] = _to_flax(_read(tensors, name, file), path, shape, module, name)
+    return module, unflatten_dict(params, sep="/")
+
+
+def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
+    """Writes a directory that `load_mmdit` and diffusers' `SD3Transformer2DModel.from_pretrained` read, bit for bit.
+
+    Raises:
+      ValueError: naming the parameters that are missing, unexpected or of the wrong shape for `module`.
+    """
+    directory = Path(directory)
+    flat = flatten_dict(params, sep="/")
+    shapes, given = ({path: leaf.shape for path, leaf in tree.items()} for tree in (_shapes(module), flat))
+    wrong = sorted({path for path, _ in shapes.items() ^ given.items()})
+    if wrong:
+        raise ValueError(f"params do not belong to this module: {wrong} are missing, unexpected or of another shape")
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {key: getattr(module, field) for key, (field, _) in CONFIG.items()}
+    config["sample_size"] = module.sample_size or module.pos_embed_max_size * module.patch_size
+    config = {"_class_name": CLASS_NAME, **config, "caption_projection_dim": module.width}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {
+        _name(path): np.ascontiguousarray(_to_torch(np.asarray(leaf), path, module)) for path, leaf in flat.items()
+    }
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def _module(file: Path) -> MMDiT:
+    config = _json(file)
+    if config.get("_class_name") != CLASS_NAME:
+        raise ValueError(f"{file} has _class_name={config.get('_class_name')!r}; only {CLASS_NAME!r} is known")
+    unknown = sorted(k for k in config if not k.startswith("_") and k not in CONFIG and k != "caption_projection_dim")
+    if unknown:
+        raise ValueError(f"{file} has unknown keys {unknown}; remove them or load the model with diffusers")
+    fields = {field: config.get(key, default) for key, (field, default) in CONFIG.items()}
+    fields["dual_attention_layers"] = tuple(fields["dual_attention_layers"])
+    if fields["out_channels"] is None:
+        fields["out_channels"] = fields["in_channels"]
+    module = MMDiT(**fields)
+    if config.get("caption_projection_dim", 1152) != module.width:
+        raise ValueError(
+            f"{file} has caption_projection_dim={config.get('caption_projection_dim', 1152)}; it must equal "
+            f"num_attention_heads * attention_head_dim = {module.width}"
+        )
+    return module
+
+
+def _shapes(module: MMDiT) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter's shape by path, without computing any."""
+    side = module.patch_size
+    inputs = (
+        (1, side, side, module.in_channels),
+        (1,),
+        (1, 1, module.joint_attention_dim),
+        (1, module.pooled_projection_dim),
+    )
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    return flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"], sep="/")
+
+
+def _name(path: str) -> str:
+    for pattern, replacement in RENAMES:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """The file that holds each tensor."""
+    index = directory / f"{WEIGHTS}.index.json"
+    if index.exists():
+        return {name: directory / file for name, file in _json(index).get("weight_map", {}).items()}
+    with _open(directory / WEIGHTS) as tensors:
+        return dict.fromkeys(tensors.keys(), directory / WEIGHTS)
+
+
+def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDiT, name: str) -> jax.Array:
+    stored = _to_torch(np.broadcast_to(tensor.dtype.type(0), shape), path, module).shape
+    if tensor.shape != stored:
+        raise ValueError(f"{name} has shape {tensor.shape}; the config says {stored}")
+    if path == "patch_embed/kernel":
+        tensor = tensor.transpose(2, 3, 1, 0).reshape(shape)
+    elif path.endswith("/kernel"):
+        tensor = tensor.T
+    return jnp.asarray(tensor)
+
+
+def _to_torch(leaf: np.ndarray, path: str, module: MMDiT) -> np.ndarray:
+    if path == "patch_embed/kernel":
+        p = module.patch_size
+        return leaf.reshape(p, p, module.in_channels, -1).transpose(3, 2, 0, 1)
+    return leaf.T if path.endswith("/kernel") else leaf
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is absent; give a diffusers transformer directory")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
+
+
+def _open(file: Path) -> Any:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is absent; give a diffusers transformer directory with safetensors weights")
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error}); fetch it again") from error
+
+
+def _read(tensors: Any, name: str, file: Path) -> np.ndarray:
+    try:
+        return tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} does not hold {name} ({error}); fetch it again") from error

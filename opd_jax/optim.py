@@ -1,0 +1,126 @@
+"""Updates: from a paper's per-record losses to new parameters."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+from jaxtyping import Array, Key, Shaped
+
+from opd_jax.types import Metrics, PyTree, Supervise, TrainState
+
+
+def adamw(
+    learning_rate: float,
+    *,
+    warmup: int = 0,
+    decay: tuple[int, int] | None = None,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm.
+
+    Args:
+        learning_rate: reached after `warmup` steps of linear increase.
+        decay: `(total, last)`: linear decrease to zero over the last `last` of `total` steps; None: constant.
+    """
+    parts, ends = [optax.constant_schedule(learning_rate)], []
+    if warmup:
+        parts, ends = [optax.linear_schedule(0.0, learning_rate, warmup), *parts], [warmup]
+    if decay:
+        total, last = decay
+        parts, ends = [*parts, optax.linear_schedule(learning_rate, 0.0, last)], [*ends, total - last]
+    schedule = optax.join_schedules(parts, ends)
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay)
+    )
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0. The buffers are its own, because `dense` donates the state and must not destroy `params` elsewhere."""
+    own = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.zeros((), jnp.int32), own, optimizer.init(own), jax.tree.map(jnp.array, params))
+
+
+def dense(
+    supervise: Supervise,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    updates: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, PyTree, PyTree, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """The update of every method without privacy: gradient of `sum(total) / sum(weight)`, divided once.
+
+    Totals and weights are added over records, micro-batches and devices (jit in the global view: no collective is
+    spelled out), so neither the split into micro-batches nor the number of devices changes the result.
+
+    Args:
+        supervise: the paper. Made a `Partial`, its frozen weights are arguments of the compiled step.
+        optimizer: any optax transformation.
+        micro_batches: forward and backward over this many parts of the batch in turn, to bound memory.
+        updates: optimiser steps per rollout, each on its share of the records (1: strictly on-policy).
+        ema_decay: weight of the past in the average that is evaluated; warmed up as (1 + step) / (10 + step). 0: none.
+
+    Returns: `update(state, rollout, labels, key) -> (state, metrics)`. `state` is donated.
+    Raises: ValueError at tracing where the records do not divide into `updates * micro_batches`.
+    """
+
+    def one(supervise, state: TrainState, rollout, labels, key):
+        def loss(params, part):
+            result = supervise(params, *part, key)
+            counts = {name: value.sum() for name, value in result.metrics.items()}
+            return result.total.sum(), (result.weight.sum(), counts, jnp.float32(result.weight.size))
+
+        def accumulate(carry, part):
+            return jax.tree.map(jnp.add, carry, _contribution(loss, state.params, part)), None
+
+        parts = split((rollout, labels), micro_batches)
+        shapes = jax.eval_shape(partial(_contribution, loss, state.params), jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (gradient, total, (weight, sums, records)), _ = jax.lax.scan(accumulate, zero, parts)
+        weight = jnp.maximum(weight, 1e-12)
+        gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
+        change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, change)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        metrics = {
+            "loss": total / weight,
+            "weight": weight,
+            "gradient_norm": optax.tree.norm(gradient),
+        } | {name: value / records for name, value in sums.items()}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    @partial(jax.jit, donate_argnums=1)
+    def update(supervise, state, rollout, labels, key):
+        def step(state, part):
+            return one(supervise, state, *part, key)
+
+        state, metrics = jax.lax.scan(step, state, split((rollout, labels), updates))
+        return state, jax.tree.map(lambda x: x.mean(0), metrics)
+
+    return Partial(update, supervise if isinstance(supervise, Partial) else Partial(supervise))
+
+
+def _contribution(loss, params, part):
+    """What one micro-batch adds up to: gradient, total and the sums beside it."""
+    (total, extra), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+    return gradient, total, extra
+
+
+def split(tree: PyTree, parts: int) -> PyTree:
+    """`[B, ...]` leaves to `[parts, B / parts, ...]`, record i going to part i % parts.
+
+    Interleaved because `reshape(parts, B // parts)` of a sharded batch would gather it on every device.
+    """
+
+    def leaf(x: Shaped[Array, "B *rest"]):
+        if x.shape[0] % parts:
+            raise ValueError(f"{x.shape[0]} records do not divide into {parts} parts; choose a multiple of {parts}")
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(leaf, tree)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package description. Tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "opd_jax" / "__init__.py").read_text())[1]
+
+# Lower bounds are the minor releases that the tests run with; nothing newer is known to break.
+REQUIRES = [
+    "jax>=0.10.2",  # jax.set_mesh, AxisType.Auto and jax.shard_map as used here; also the newest for Python 3.11
+    "flax>=0.12.8",  # the first Flax made for jax 0.10.2; earlier ones fail to import flax.nnx beside it
+    "optax>=0.2.8",  # released for jax 0.10
+    "orbax-checkpoint>=0.12",  # CheckpointManager with Composite arguments; the public API that checkpoint.py uses
+    "grain>=0.2.18",  # iterators with get_state and set_state, so that a resumed run sees the same data
+    "ml_collections>=1.1",  # config files with a variant: --config=configs/flow_opd.py:tiny
+    "absl-py>=2.5",  # app.run(flags_parser=...), for one-line errors
+    "chex>=0.1.92",  # assert_max_traces
+    "jaxtyping>=0.3.11",  # shapes in annotations; the pytest plugin that checks them
+    "safetensors>=0.8",  # needed by transformers 5; reads bfloat16 into numpy
+    "numpy>=2.4",  # what jax 0.10 is tested with
+    "scipy>=1.17",  # needed by jax as well
+    "pillow>=13",  # images in reports and rendered text
+    "matplotlib>=3.11",  # curves in reports, and its bundled DejaVu fonts for rendered text
+    "tqdm>=4.70",  # the progress bar
+    "transformers>=5",  # tokenizers and configs; 5 needs no torch for them and keeps RoPE in rope_parameters
+    "jinja2>=3.1",  # transformers' chat templates, which do not pull it in
+    "diffusers>=0.42",  # configs of flow models; the models themselves are ours
+]
+
+EXTRAS = {
+    "test": [
+        "torch==2.13.0",  # exactly: reference models for parity; unpinned, pip may pick another build of gigabytes
+        "pytest>=9.2",
+        "pytest-xdist>=3.8",
+        "beartype>=0.23",  # checks jaxtyping's annotations in tests
+        "hypothesis>=6.170",
+        "ruff==0.17.6",  # exactly: another version formats differently
+        "nbclient>=0.11",
+        "ipykernel>=7.4",
+        "nbmake>=1.5.5",  # runs the notebooks
+    ],
+    "tensorboard": ["tensorboardX>=2.6.5"],  # not clu.metric_writers, which needs TensorFlow
+    "ocr": ["tesserocr>=2.13"],  # in process, 30 times faster than pytesseract; data: Debian's tesseract-ocr-eng
+}
+
+setup(
+    name="opd_jax",
+    version=VERSION,
+    description="On-policy distillation in JAX: one loop, and every paper a choice of four pure functions for it",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["opd_jax", "opd_jax.*", "experiments", "experiments.*", "configs", "configs.*"]),
+    package_data={"opd_jax.worlds": ["weights/*.safetensors", "weights/*.json"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,97 @@
+"""The dense update: divided once, whatever the split; and its averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opd_jax import optim
+from opd_jax.types import Weighted
+
+KEY = jax.random.key(0)
+PARAMS = {"w": jnp.array([1.0, -2.0])}
+DATA = {"x": jnp.arange(16.0).reshape(8, 2) / 7, "n": jnp.array([1.0, 2, 3, 1, 0, 2, 5, 1])}
+
+
+def supervise(params, rollout, labels, key):
+    """Per record n squared errors of equal size: total n e^2, weight n."""
+    error = rollout["x"] @ params["w"] - labels
+    return Weighted(rollout["n"] * error**2, rollout["n"], {"error": jnp.abs(error)})
+
+
+def updated(**options):
+    optimizer = optax.sgd(0.1)
+    update = optim.dense(supervise, optimizer, **options)
+    state, metrics = update(optim.init_state(PARAMS, optimizer), DATA, jnp.ones(8), KEY)
+    return jax.device_get((state, metrics))
+
+
+def by_hand():
+    x, n, w = np.asarray(DATA["x"], float), np.asarray(DATA["n"], float), np.array([1.0, -2.0])
+    error = x @ w - 1
+    gradient = (2 * n * error) @ x / n.sum()
+    return (n * error**2).sum() / n.sum(), w - 0.1 * gradient, gradient
+
+
+def test_divides_sums_once():
+    loss, w, gradient = by_hand()
+    state, metrics = updated()
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-6)
+    assert metrics["weight"] == 15
+    assert state.step == 1
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_micro_batches_change_nothing(parts):
+    whole, split = updated(), updated(micro_batches=parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, split)
+
+
+def test_several_updates_take_their_share_each():
+    state, metrics = updated(updates=2)
+    assert state.step == 2
+    assert metrics["weight"] == 7.5
+    assert not np.allclose(state.params["w"], updated()[0].params["w"])
+
+
+def test_records_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="8 records do not divide into 3 parts"):
+        updated(micro_batches=3)
+
+
+def test_a_batch_without_weight_changes_nothing():
+    optimizer = optax.sgd(0.1)
+    update = optim.dense(supervise, optimizer)
+    empty = DATA | {"n": jnp.zeros(8)}
+    state, metrics = update(optim.init_state(PARAMS, optimizer), empty, jnp.ones(8), KEY)
+    np.testing.assert_array_equal(state.params["w"], PARAMS["w"])
+    assert metrics["loss"] == 0
+
+
+def test_average_is_warmed_up():
+    state, _ = updated(ema_decay=0.9)  # at step 0 the past weighs (1 + 0) / (10 + 0)
+    np.testing.assert_allclose(state.ema["w"], 0.1 * PARAMS["w"] + 0.9 * state.params["w"], rtol=1e-6)
+    state, _ = updated()
+    np.testing.assert_array_equal(state.ema["w"], state.params["w"])
+
+
+def test_parameters_given_are_not_destroyed():
+    updated()
+    np.testing.assert_array_equal(PARAMS["w"], [1.0, -2.0])
+
+
+def test_schedule():
+    optimizer = optim.adamw(1.0, warmup=2, decay=(10, 4))
+    params, state, steps = jnp.zeros(1), optimizer.init(jnp.zeros(1)), []
+    for _ in range(10):
+        change, state = optimizer.update(jnp.ones(1), state, params)
+        steps.append(-float(change[0]))
+    np.testing.assert_allclose(steps[:3], [0, 0.5, 1], atol=1e-3)
+    np.testing.assert_allclose(steps[5:], [1, 1, 0.75, 0.5, 0.25], atol=1e-3)
+
+
+def test_split_interleaves():
+    np.testing.assert_array_equal(optim.split(jnp.arange(6), 3), [[0, 3], [1, 4], [2, 5]])

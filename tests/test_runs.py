@@ -1,0 +1,169 @@
+"""Whole programs in their own processes: every config's `tiny`, kill and resume, wrong input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+BASE = "--config=configs/scenes_base.py:tiny"
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
+
+
+def start(*arguments, script="experiments/main.py"):
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(*arguments, script="experiments/main.py"):
+    process = start(*arguments, script=script)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def refused(*arguments, script="experiments/main.py"):
+    """One line with what is wrong, exit code 2, no traceback."""
+    code, _, err = run(*arguments, script=script)
+    assert code == 2, err[-2000:]
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert lines, err
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def base_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    code, _, err = run(BASE, f"--workdir={workdir}")
+    assert code == 0, err[-2000:]
+    return workdir
+
+
+def sha(workdir):
+    return json.loads((workdir / "summary.json").read_text())["params_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiny_of_every_config_runs(name, tmp_path):
+    code, out, err = run(f"--config=configs/{name}.py:tiny", f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"table", "params_sha256", "seconds"} <= summary.keys()
+    assert "composition" in out
+
+
+def test_a_run_leaves_what_it_promises(base_run):
+    names = {path.name for path in base_run.iterdir()}
+    assert {"config.json", "versions.json", "metrics.jsonl", "summary.json", "base.safetensors"} <= names
+    lines = [json.loads(line) for line in (base_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "base"] == list(range(6))
+    assert {"loss", "weight", "gradient_norm", "peak_memory"} <= lines[-1].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, seed):
+    """SIGKILL at random moments, start-up, compilation, steps and writes included, until a run gets through."""
+    workdir, chance = tmp_path / "run", random.Random(seed)
+    more = ["--config.steps=40", "--config.save_every=1"]
+    code, _, err = run(BASE, f"--workdir={tmp_path / 'whole'}", *more)
+    assert code == 0, err[-2000:]
+    kills = 0
+    for attempt in range(30):
+        process = start(BASE, f"--workdir={workdir}", "--resume", *more)
+        patience = chance.uniform(4, 14) if attempt < 4 else 300
+        try:
+            process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        break
+    assert kills > 0
+    assert sha(workdir) == sha(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(40)), "no step is missing or written twice"
+
+
+@pytest.mark.slow
+def test_killed_between_and_within_stages_of_flow_opd(tmp_path):
+    """The many-stage run: killed as soon as a given stage writes its first metrics, then resumed."""
+    config = "--config=configs/flow_opd.py:tiny"
+    code, _, err = run(config, f"--workdir={tmp_path / 'whole'}")
+    assert code == 0, err[-2000:]
+    workdir = tmp_path / "run"
+    for stage in ("grpo_ocr", "flow_opd_seed0"):
+        process = start(config, f"--workdir={workdir}", "--resume")
+        log, limit = workdir / "metrics.jsonl", time.time() + 300
+        while time.time() < limit and not (log.exists() and f'"{stage}"' in log.read_text()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, _, err = run(config, f"--workdir={workdir}", "--resume")
+    assert code == 0, err[-2000:]
+    whole, resumed = (json.loads((w / "summary.json").read_text()) for w in (tmp_path / "whole", workdir))
+    assert resumed["params_sha256_of"] == whole["params_sha256_of"]
+
+
+def test_wrong_keys_and_values_are_refused_before_anything(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "learning_rate" in refused(BASE, workdir, "--config.learning_rat=1")
+    assert "12.5" in refused(BASE, workdir, "--config.steps=12.5")
+    assert "15" in refused(BASE, workdir, "--config.batch_size=15")
+    assert "tinny" in refused("--config=configs/scenes_base.py:tinny", workdir)
+    assert "no_such" in refused("--config=configs/no_such.py", workdir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_errors_of_a_config_at_once(tmp_path):
+    lines = refused(
+        "--config=configs/flow_opd.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.anchor=beauty",
+        "--config.grpo.window=99",
+        "--config.arms.flow_opd.weighting=heavy",
+    )
+    assert all(value in lines for value in ("beauty", "99", "heavy"))
+
+
+def test_a_workdir_with_something_in_it_is_not_touched(base_run, tmp_path):
+    before = sha(base_run)
+    assert "--resume" in refused(BASE, f"--workdir={base_run}")
+    assert "steps" in refused(BASE, f"--workdir={base_run}", "--resume", "--config.steps=7")
+    assert sha(base_run) == before
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refused(BASE, f"--workdir={tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_unwritable_workdir_is_named():
+    assert "/proc/opd" in refused(BASE, "--workdir=/proc/opd")
+
+
+def test_sample_draws_a_grid(base_run, tmp_path):
+    out = tmp_path / "grid.png"
+    code, _, err = run(
+        base_run, "two red circles left of a blue square", "--count=4", "--steps=2", f"--out={out}", "--stage=base",
+        script="experiments/sample.py",
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sample_refuses_what_it_cannot_draw(base_run, tmp_path):
+    draw = lambda *arguments: refused(*arguments, script="experiments/sample.py")
+    assert "purple" in draw(base_run, "a purple circle")
+    assert "nothing" in draw(base_run, "a red circle", "--stage=nothing")
+    assert str(tmp_path) in draw(tmp_path, "a red circle")

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from opd_jax import sharding
+from opd_jax.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_left_behind():
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)
+
+
+def single_device():
+    return jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (None, {"data": 8}),
+        ({"data": 4, "model": 2}, {"data": 4, "model": 2}),
+        ({"data": -1, "model": 4}, {"data": 2, "model": 4}),
+    ],
+)
+def test_make_mesh_sets_an_auto_mesh(shape, expected):
+    mesh = sharding.make_mesh(shape)
+    assert dict(mesh.shape) == expected
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert jax.sharding.get_mesh() == mesh
+
+
+@pytest.mark.parametrize("shape", [{"data": 3}, {"data": -1, "model": 3}, {"data": 0}, {"data": -1, "model": -1}])
+def test_make_mesh_refuses_what_does_not_fit(shape):
+    with pytest.raises(ConfigError, match=r"mesh=.*: does not fit 8 devices; the sizes must multiply to 8"):
+        sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(12, "use 8 or 16"), (3, "use 8"), (0, "use 8")])
+def test_batch_must_divide(batch, remedy):
+    mesh = sharding.make_mesh()
+    sharding.batch_must_divide(16, mesh)
+    with pytest.raises(ConfigError, match=f"sft.batch_size={batch}: does not split over 8 devices; {remedy}$"):
+        sharding.batch_must_divide(batch, mesh, "sft.batch_size")
+
+
+def test_shard_batch_splits_the_first_axis_and_keeps_values():
+    mesh = sharding.make_mesh({"data": 4, "model": 2})
+    batch = {"x": np.arange(24.0).reshape(8, 3), "id": np.arange(8)}
+    sharded = sharding.shard_batch(batch, mesh)
+    assert sharded["x"].addressable_shards[0].data.shape == (2, 3)
+    assert sharded["id"].sharding == NamedSharding(mesh, PartitionSpec("data"))
+    jax.tree.map(np.testing.assert_array_equal, sharded, batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"x": np.zeros((8, 2)), "y": np.zeros(4)}, "needs the same one"),
+        ({"x": np.zeros(8), "temperature": np.zeros(())}, "needs the same one"),
+        ({"x": np.zeros((9, 2))}, "batch_size=9: does not split over 8 devices; use 8 or 16"),
+    ],
+)
+def test_shard_batch_refuses_uneven_batches(batch, expected):
+    with pytest.raises(ConfigError, match=expected):
+        sharding.shard_batch(batch, sharding.make_mesh())
+
+
+RULES = (("dense/kernel$", PartitionSpec(None, "model")), ("embed", PartitionSpec("model")))
+
+
+def example_params():
+    return {
+        "block_0": {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones((6,))}},
+        "embed": {"table": jnp.ones((8, 4))},
+    }
+
+
+def test_rules_reach_params_and_the_optimizer_state_alike():
+    mesh = sharding.make_mesh({"data": 4, "model": 2})
+    params = sharding.shard_params(example_params(), mesh, RULES)
+    assert params["block_0"]["dense"]["kernel"].sharding.spec == PartitionSpec(None, "model")
+    assert params["block_0"]["dense"]["bias"].sharding.spec == PartitionSpec()
+    assert params["embed"]["table"].addressable_shards[0].data.shape == (4, 4)
+    adam = sharding.shard_params(optax.adam(1e-3).init(example_params()), mesh, RULES)[0]
+    assert adam.mu["block_0"]["dense"]["kernel"].sharding == params["block_0"]["dense"]["kernel"].sharding
+    assert adam.count.sharding.spec == PartitionSpec()
+
+
+def test_the_first_rule_that_matches_wins():
+    rules = (("kernel", PartitionSpec("model")), *RULES)
+    assert sharding.param_specs(example_params(), rules)["block_0"]["dense"]["kernel"] == PartitionSpec("model")
+
+
+def test_shard_params_names_the_parameter_that_does_not_fit():
+    mesh = sharding.make_mesh({"data": 2, "model": 4})
+    with pytest.raises(ConfigError, match=r"block_0/dense/kernel: an axis of 6 does not split over model=4"):
+        sharding.shard_params(example_params(), mesh, RULES)
+    with pytest.raises(ConfigError, match=r"block_0/dense/bias: .* does not fit the shape \(6,\)"):
+        sharding.shard_params(example_params(), mesh, (("bias", PartitionSpec(None, "model")),))
+
+
+def test_replicate_puts_the_whole_array_everywhere():
+    array = sharding.replicate({"w": np.arange(4.0)}, sharding.make_mesh())["w"]
+    assert len(array.addressable_shards) == 8
+    assert all(shard.data.shape == (4,) for shard in array.addressable_shards)
+
+
+def weighted_mean_loss(params, batch):
+    """Records of unequal weight: the mean of per-device means would differ."""
+    hidden = jnp.tanh(batch["x"] @ params["in"]["kernel"])
+    error = jnp.sum((hidden @ params["out"]["kernel"] - batch["y"]) ** 2, axis=-1)
+    return jnp.sum(error * batch["weight"]) / jnp.sum(batch["weight"])
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 4, "model": 2}])
+def test_gradient_of_a_weighted_mean_is_the_same_on_1_and_8_devices(shape):
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(16, 4)).astype(np.float32),
+        "y": rng.normal(size=(16, 2)).astype(np.float32),
+        "weight": np.arange(16, dtype=np.float32) ** 2,
+    }
+    params = {
+        "in": {"kernel": rng.normal(size=(4, 6)).astype(np.float32)},
+        "out": {"kernel": rng.normal(size=(6, 2)).astype(np.float32)},
+    }
+    step = jax.jit(jax.value_and_grad(weighted_mean_loss))
+    one = single_device()
+    jax.set_mesh(one)
+    expected = step(sharding.replicate(params, one), sharding.shard_batch(batch, one))
+    mesh = sharding.make_mesh(shape)
+    rules = (("in/kernel", PartitionSpec(None, "model")),) if "model" in shape else ()
+    got = step(sharding.shard_params(params, mesh, rules), sharding.shard_batch(batch, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+    x, y, w = (np.asarray(batch[k], np.float64) for k in ("x", "y", "weight"))
+    hidden = np.tanh(x @ params["in"]["kernel"])
+    error = hidden @ params["out"]["kernel"] - y
+    np.testing.assert_allclose(got[0], np.sum(np.sum(error**2, -1) * w) / w.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        got[1]["out"]["kernel"], hidden.T @ (2 * error * w[:, None]) / w.sum(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_micro_batches_by_swapped_axes_gather_nothing():
+    mesh = sharding.make_mesh()
+    x = sharding.shard_batch(np.arange(64.0, dtype=np.float32).reshape(32, 2), mesh)
+
+    def pieces(x):
+        return jnp.swapaxes(x.reshape(32 // 4, 4, 2), 0, 1)
+
+    text = jax.jit(lambda x: jax.lax.map(jnp.sum, pieces(x))).lower(x).compile().as_text()
+    assert "all-gather" not in text
