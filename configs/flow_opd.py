@@ -18,17 +18,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     variant = common.variant(arg, VARIANTS)
     config = ConfigDict({
         "experiment": "flow_opd",
+        "missing": "",  # what a variant needs that is not here; such a variant is refused
         "seed": 0,
         "seeds": (0,),  # of the students; teachers and base are the same for all
-        "shipped": True,  # start from the weights in the package; False makes base, teachers and GRPO-mix again
+        "shipped": True,  # start from the weights in the package; False makes teachers and GRPO-mix again
         "model": common.scene_model(),
         "lora": {"pattern": r"(attn|ff|ff_context)/\w+/kernel", "rank": 8, "scale": 2.0},  # scale = alpha / rank
         "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "noise_level": 0.7},
         "grpo": {
-            "steps": 220, "prompts": 16, "group": 12, "learning_rate": 2e-3, "warmup": 5, "clip": 1e-4, "window": 3,
-            "updates": 1, "micro_batches": 1, "ema_decay": 0.9,
+            "steps": 150,
+            "prompts": 16,
+            "group": 12,
+            "learning_rate": 1e-3,
+            "warmup": 5,
+            "clip": 1e-4,
+            "window": 3,  # stochastic, trained steps, somewhere in the first half
+            "updates": 1,
+            "micro_batches": 1,
+            "ema_decay": 0.9,
         },
-        "grpo_mix_steps": 330,
         "teachers": {  # name: the prompts it trains on and the reward each of them is judged by
             "composition": {"prompts": ("composition",), "rewards": ("composition",)},
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
@@ -37,18 +45,28 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
+            "steps": 220,
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
         "opd": {
-            "steps": 40, "prompts": 32, "group": 2, "learning_rate": 2e-3, "warmup": 3, "micro_batches": 1,
-            "ema_decay": 0.8, "estimator": "analytic", "weighting": "kl", "anchor_weight": 0.3, "init": "merge",
             "method": "opd",
+            "init": "merge",  # mean of the teachers' updates, or "base"
+            "steps": 45,
+            "prompts": 16,
+            "group": 2,
+            "learning_rate": 1e-3,
+            "warmup": 3,
+            "micro_batches": 1,
+            "ema_decay": 0.8,
+            "estimator": "analytic",
+            "weighting": "kl",
+            "anchor_weight": 0.1,
         },
         "arms": {  # every row of the table that trains: what it changes in `opd`
-            "offline": {"init": "base", "method": "offline"},
             "flow_opd": {},
             "no_mar": {"anchor_weight": 0.0},
+            "offline": {"init": "base", "method": "offline"},
             "state_only": {"estimator": "state_only"},
             "log_ratio": {"estimator": "log_ratio"},
             "kl_no_dt": {"weighting": "kl_no_dt"},
@@ -60,22 +78,53 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "save_every": 20,
         "mesh": {"data": -1},
     })  # fmt: skip
-    if variant == "tiny":
-        _tiny(config)
-    elif variant == "full":
-        config.shipped = False
-    elif variant == "seeds":
-        config.seeds = (0, 1, 2)
+    {"tiny": _tiny, "full": _full, "seeds": _seeds, "paper": _paper}.get(variant, lambda _: None)(config)
     return config.lock()
 
 
 def _tiny(config: ConfigDict) -> None:
     config.shipped = False
     config.model.num_layers = 1
-    config.arms = {name: config.arms[name] for name in ("offline", "flow_opd", "state_only")}
     config.sampler.steps = 4
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2, "window": 2})
-    config.grpo_mix_steps = 2
+    config.grpo_mix.steps = 2
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
+    config.save_every = 1
+    for name in set(config.arms) - {"flow_opd", "offline"}:
+        del config.arms[name]
+
+
+def _full(config: ConfigDict) -> None:
+    config.shipped = False
+
+
+def _seeds(config: ConfigDict) -> None:
+    config.seeds = (0, 1, 2)
+
+
+def _paper(config: ConfigDict) -> None:
+    """Stable Diffusion 3.5 Medium at 512 px, as published; `code` marks the released configuration, not the paper."""
+    config.missing = "text encoders, an autoencoder and reward models for SD3.5-M; the settings are here to be read"
+    config.model = {
+        "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "num_heads": 24, "head_dim": 64,
+        "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)), "sample_size": 128,
+    }  # fmt: skip
+    config.lora.update({"pattern": r"attn\d?/(to|add)_\w+/kernel", "rank": 32, "scale": 2.0})  # alpha 64
+    config.sampler.update({"steps": 10, "shift": 3.0, "noise_level": 0.7})  # the first nine steps are trained
+    config.grpo.update({  # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
+        "prompts": 48, "group": 24, "learning_rate": 3e-4, "clip": 1e-4, "window": 9, "updates": 2,
+    })  # fmt: skip
+    config.opd.update(
+        {
+            "group": 24,  # code: 16 in the 8-GPU configuration
+            "prompts": 48,
+            "learning_rate": 1e-4,  # code; the paper does not state it
+            "anchor_weight": 0.02,  # code: 0.04
+            "weighting": "kl",  # code: kl_no_dt
+            "ema_decay": 0.9,  # code, every 8 steps; the paper does not state it
+        }
+    )
+    config.eval.update({"steps": 40, "shift": 3.0})

@@ -4,7 +4,7 @@
 
 It learns from pairs as a crawler finds them: a third of the captions err in one thing, three in ten pictures are
 spoilt. So it knows how to draw everything, yet often draws something else, as the base models of the papers do.
-The result is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`; `docs/results.md` has its wall time and figures.
+The result is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`; its wall time and figures: `docs/results.md`.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from configs import common
 from experiments import flow_methods, scenes, stages
 from opd_jax import loop, metrics, optim, report, rng, sharding
 from opd_jax.config import checks, versions
@@ -15,13 +16,13 @@ from opd_jax.losses import gaussians
 from opd_jax.models import lora
 from opd_jax.worlds.scene_verifiers import REWARDS
 
-COLUMNS = (*REWARDS, "average")
 SHOWN = 10  # pictures of each model in the report
 
 
 def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     with checks() as check:
+        check(not config.missing, f"this variant cannot run: it needs {config.missing}")
         for name in config.tasks:
             check(name in config.teachers, f"tasks: {name!r} has no teacher; teachers are {list(config.teachers)}")
         check(config.anchor in config.teachers, f"anchor={config.anchor!r}: choose one of {list(config.teachers)}")
@@ -38,7 +39,7 @@ def validate(config, mesh) -> None:
             check(arm.weighting in known, f"arms.{name}.weighting={arm.weighting!r}: choose one of {known}")
     for name, part in (("grpo", config.grpo), ("opd", config.opd)):
         sharding.batch_must_divide(part.prompts, mesh, f"{name}.prompts")
-    if config.shipped:
+    if config.shipped and not config.missing:
         for name in ("base", *config.teachers, "grpo_mix"):
             stages.load(stages.SHIPPED / f"scenes_{name}.safetensors")
 
@@ -49,6 +50,12 @@ def arm_recipe(config, name: str):
     with recipe.unlocked():
         recipe.update(config.arms[name])
     return recipe
+
+
+def grpo_settings(config, part) -> dict:
+    """What a specialist, or the mixture, depends on beside the base: the recipe that its shipped weights must match."""
+    shared = {name: config[name].to_dict() for name in ("grpo", "lora", "sampler")}
+    return shared | {"part": part.to_dict(), "seed": config.seed}
 
 
 class Experiment:
@@ -70,16 +77,16 @@ class Experiment:
     def made(self, name: str, settings, upstream, make) -> stages.Made:
         recipe = stages.recipe_of(settings, *upstream)
         if self.config.shipped and (shipped := stages.SHIPPED / f"scenes_{name}.safetensors").exists():
-            return stages.load(shipped)
+            return stages.load(shipped, recipe)
         return stages.once(name, self.workdir, recipe, make, self.about)
 
     def load_base(self) -> stages.Made:
-        """The shipped model, made by `configs/scenes_base.py`; a random one where the config asks for another size."""
+        """The shipped model, made by `configs/scenes_base.py`; a random one if the config asks for another size."""
 
         def random():
             return scenes.init_params(self.model, self.config.seed), 0
 
-        if self.config.model.num_layers == 4:
+        if self.config.model == common.scene_model():
             return stages.load(stages.SHIPPED / "scenes_base.safetensors")
         return self.made("random_base", self.config.model.to_dict(), (), random)
 
@@ -116,27 +123,20 @@ class Experiment:
         )
         return state.ema
 
-    def grpo(self, name: str, prompts: tuple, rewards: tuple, steps: int) -> stages.Made:
+    def grpo(self, name: str, part) -> stages.Made:
         """A specialist (one reward) or the mixture baseline (all of them), by Flow-GRPO from the base."""
         config, recipe = self.config, self.config.grpo
+        steps = part.get("steps", recipe.steps)
 
         def make():
             update, optimizer = self.update("grpo")
-            method = flow_methods.grpo_method(self.velocity, rewards, update, config, recipe)
-            batches = scenes.prompts(prompts, recipe.prompts, config.seed, self.mesh)
+            method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
+            batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
             adapter = self.adapter(config.seed, config.lora.rank)
             trained = self.train(f"grpo_{name}", method, optimizer, adapter, batches, steps, config.seed)
             return trained, steps * recipe.prompts * recipe.group
 
-        settings = {
-            "grpo": recipe.to_dict(),
-            "steps": steps,
-            "prompts": prompts,
-            "rewards": rewards,
-            "lora": config.lora.to_dict(),
-            "sampler": config.sampler.to_dict(),
-            "seed": config.seed,
-        }
+        settings = grpo_settings(config, part)
         return self.made(name, settings, (self.base,), make)
 
     def student(self, name: str, seed: int, teachers: dict[str, stages.Made]) -> stages.Made:
@@ -183,12 +183,8 @@ class Experiment:
 def run(config, workdir: Path, mesh) -> None:
     began = time.time()
     experiment = Experiment(config, workdir, mesh)
-    teachers = {
-        name: experiment.grpo(name, tuple(part.prompts), tuple(part.rewards), config.grpo.steps)
-        for name, part in config.teachers.items()
-    }
-    mix_steps = config.grpo_mix_steps
-    mix = experiment.grpo("grpo_mix", tuple(config.grpo_mix.prompts), tuple(config.grpo_mix.rewards), mix_steps)
+    teachers = {name: experiment.grpo(name, part) for name, part in config.teachers.items()}
+    mix = experiment.grpo("grpo_mix", config.grpo_mix)
     cold = experiment.merged(teachers)
     students = {name: [experiment.student(name, seed, teachers) for seed in config.seeds] for name in config.arms}
 
@@ -210,7 +206,7 @@ def run(config, workdir: Path, mesh) -> None:
 def row(name: str, results: list[dict[str, float]], seconds: float, images: int) -> dict:
     """A row of the table: mean and, over several seeds, standard deviation; seconds and images with the teachers'."""
     columns = {}
-    for column in COLUMNS:
+    for column in results[0]:
         values = [result[column] for result in results]
         columns[f"{column} ↑"] = (
             report.Estimate(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else values[0]

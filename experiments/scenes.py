@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 
 from opd_jax import data, rng, sharding
 from opd_jax.models.mmdit import MMDiT
+from opd_jax.rewards import tesseract
 from opd_jax.sampling import flow
 from opd_jax.worlds import scene_verifiers, scenes
 
@@ -88,11 +89,21 @@ def pictures(velocity_fn, params, captions: list[str], *, steps: int, shift: flo
 
 
 def score(velocity_fn, params, captions: dict[str, list[str]], **sampler) -> dict[str, float]:
-    """The three rewards on pictures of held-out captions: composition and ocr on their own task, quality on both."""
+    """The three rewards on pictures of held-out captions: composition and ocr on their own task, quality on both.
+
+    Beside them two judges that nothing was trained on: `strict`, the share of pictures right in every respect (the
+    benchmark form of composition), and `tesseract`, an OCR engine's reading of the signs, where one is installed.
+    """
     images = {task: pictures(velocity_fn, params, texts, **sampler) for task, texts in captions.items()}
+    texts = [scenes.parse(caption).text for caption in captions["ocr"]]
+    words = tesseract.read(images["ocr"], scenes.LETTERS)
+    second = {} if words is None else {"tesseract": float(np.mean(list(map(tesseract.likeness, words, texts))))}
     quality = [scene_verifiers.quality(images[task], texts) for task, texts in captions.items()]
     return {
-        "composition": float(scene_verifiers.composition(images["composition"], captions["composition"]).mean()),
+        "composition": float(
+            scene_verifiers.reward("composition", images["composition"], captions["composition"]).mean()
+        ),
         "ocr": float(scene_verifiers.ocr(images["ocr"], captions["ocr"]).mean()),
         "quality": float(np.concatenate(quality).mean()),
-    }
+        "strict": float(scene_verifiers.composition(images["composition"], captions["composition"]).mean()),
+    } | second
