@@ -25,7 +25,7 @@ Curves = Mapping[str, Mapping[str, tuple[Any, Any]]]  # {metric: {line: (steps, 
 
 
 class Estimate(NamedTuple):
-    """A measured value with its standard error, shown as `0.871 ± 0.012`."""
+    """A measured value with its spread, such as a standard deviation over seeds, shown as `0.871 ± 0.012`."""
 
     value: float
     error: float
@@ -216,19 +216,6 @@ td.best { font-weight: 700; }
 .time { width: 100%; max-width: 38rem; } .bar { height: .7rem; background: var(--accent); border-radius: 2px; }
 .facts span { display: inline-block; margin-right: 1.1rem; overflow-wrap: anywhere; }
 .facts b { font-weight: 500; color: var(--text); }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
 """
 
 

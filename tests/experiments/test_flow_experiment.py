@@ -130,6 +130,6 @@ def test_the_position_embedding_and_backbone_stay_frozen():
 
 
 def test_config_pieces_agree():
-    assert flow_opd.get_config().model == common.scene_model()
+    assert flow_opd.get_config().model.to_dict() == common.scene_model().to_dict()
     with pytest.raises(ValueError, match="no_such"):
         flow_opd.get_config("no_such")
