@@ -1,7 +1,7 @@
 """Flow-OPD (arXiv:2605.08063): several specialised teachers distilled into one student on its own paths.
 
     python experiments/main.py --config=configs/flow_opd.py            # minutes on two cores, from the shipped teachers
-    python experiments/main.py --config=configs/flow_opd.py:full       # makes base, teachers and GRPO-mix again: hours
+    python experiments/main.py --config=configs/flow_opd.py:full       # makes teachers and GRPO-mix again
     python experiments/main.py --config=configs/flow_opd.py:tiny       # every stage, a few steps, under a minute
 
 Wall time, machine and the numbers to expect are in `docs/results.md`, with the command that printed them.
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "anchor": "quality",  # the teacher that holds every record by MAR
         "opd": {
             "method": "opd",
-            "init": "merge",  # mean of the teachers' updates, or "base"
+            "init": "merge",  # mean of the teachers' updates, or "base"; its rank is the sum of theirs either way
             "steps": 45,
             "prompts": 16,
             "group": 2,

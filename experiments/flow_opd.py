@@ -32,6 +32,9 @@ def validate(config, mesh) -> None:
             1 <= config.grpo.window <= config.sampler.steps,
             f"grpo.window={config.grpo.window}: choose 1..{config.sampler.steps}, at most sampler.steps",
         )
+        check(
+            config.sampler.kind != "ode", "sampler.kind='ode': has no density to learn from; choose sde, cps or dance"
+        )
         for name in config.arms:
             arm = arm_recipe(config, name)
             known = tuple(losses.ESTIMATORS)
@@ -167,7 +170,7 @@ class Experiment:
 
     def merged(self, teachers: dict[str, stages.Made]):
         """The cold start: one adapter whose update is exactly the mean of the teachers' updates."""
-        return lora.average([made.params for made in teachers.values()])
+        return jax.device_get(lora.average([made.params for made in teachers.values()]))
 
     def scores(self, adapter, captions) -> dict[str, float]:
         found = scenes.score(self.velocity, adapter, captions, **self.sampler())
