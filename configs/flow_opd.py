@@ -24,12 +24,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "shipped": True,  # start from the weights in the package; False makes teachers and GRPO-mix again
         "model": common.scene_model(),
         "lora": {"pattern": r"(attn|ff|ff_context)/\w+/kernel", "rank": 8, "scale": 2.0},  # scale = alpha / rank
-        "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "noise_level": 0.7},
+        "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "double_shift": False, "noise_level": 0.7},
         "grpo": {
-            "steps": 150,
+            "steps": 120,
             "prompts": 16,
             "group": 12,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "warmup": 5,
             "clip": 1e-4,
             "window": 3,  # stochastic, trained steps, somewhere in the first half
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
-            "steps": 220,
+            "steps": 180,
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
@@ -113,7 +113,9 @@ def _paper(config: ConfigDict) -> None:
         "dual_attention_layers": tuple(range(13)), "sample_size": 128,
     }  # fmt: skip
     config.lora.update({"pattern": r"attn\d?/(to|add)_\w+/kernel", "rank": 32, "scale": 2.0})  # alpha 64
-    config.sampler.update({"steps": 10, "shift": 3.0, "noise_level": 0.7})  # the first nine steps are trained
+    config.sampler.update(
+        {"steps": 10, "shift": 3.0, "double_shift": True, "noise_level": 0.7}
+    )  # the first nine steps are trained
     config.grpo.update({  # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
         "prompts": 48, "group": 24, "learning_rate": 3e-4, "clip": 1e-4, "window": 9, "updates": 2,
     })  # fmt: skip

@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "learning_rate": 1.5e-3,
         "warmup": 200,
         "decay_steps": 3_500,  # linear decay to zero over the last steps
-        "wrong": 0.35,  # share of captions that err in one thing
+        "wrong": 0.35,  # share of pictures in which one thing is drawn without regard to the caption
         "damaged": 0.3,  # share of pictures that are spoilt
         "time_center": 0.2,  # logit-normal times
         "time_spread": 1.2,

@@ -47,6 +47,7 @@ class Sampling(NamedTuple):
     kind: str
     steps: int
     shift: float
+    double_shift: bool
     noise_level: float
     group: int  # paths for each prompt
     window: int = 0  # this many consecutive steps of the first half are stochastic, the rest an ODE's; 0: all are
@@ -56,7 +57,7 @@ class Sampling(NamedTuple):
 def _sample_paths(sampling: Sampling, velocity_fn, params, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
     count = batch["tokens"].shape[0]
-    times = flow.time_grid(sampling.steps, sampling.shift)
+    times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
     levels = jnp.full(sampling.steps, sampling.noise_level)
     if sampling.window:
         levels = flow.sde_window(rng.at_step(key, 1), sampling.steps, sampling.window, sampling.noise_level)
@@ -79,7 +80,7 @@ def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
 def _noise_teacher_pictures(sampling: Sampling, teachers, adapters, _, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
     keys = rng.per_record(rng.at_step(key, 0), batch["tokens"].shape[0])
-    times = flow.time_grid(sampling.steps, sampling.shift)
+    times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
     images = flow.generate(teachers, adapters, (batch["tokens"], batch["task"]), keys, SHAPE, times)
     return flow_matching.noised(images, batch["tokens"], rng.per_record(rng.at_step(key, 1), len(images)))
 

@@ -1,5 +1,6 @@
 """Flow-OPD on the scenes world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,16 @@ from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
 from opd_jax.worlds.scene_verifiers import REWARDS
+from opd_jax.worlds.scenes import TASKS
 
 SHOWN = 10  # pictures of each model in the report
+SHIPPED_BASE = stages.SHIPPED / "scenes_base.safetensors"
+ARM_CHOICES = {
+    "method": ("opd", "offline"),
+    "init": ("merge", "base"),
+    "estimator": tuple(losses.ESTIMATORS),
+    "weighting": gaussians.WEIGHTINGS,
+}
 
 
 def validate(config, mesh) -> None:
@@ -26,26 +35,39 @@ def validate(config, mesh) -> None:
         check(not config.missing, f"this variant cannot run: it needs {config.missing}")
         for name in config.tasks:
             check(name in config.teachers, f"tasks: {name!r} has no teacher; teachers are {list(config.teachers)}")
+            check(name in TASKS, f"tasks: {name!r} has no prompts; choose of {TASKS}")
         check(config.anchor in config.teachers, f"anchor={config.anchor!r}: choose one of {list(config.teachers)}")
-        check(config.sampler.kind in gaussians.KINDS, f"sampler.kind={config.sampler.kind!r}: one of {gaussians.KINDS}")
-        check(
-            1 <= config.grpo.window <= config.sampler.steps,
-            f"grpo.window={config.grpo.window}: choose 1..{config.sampler.steps}, at most sampler.steps",
-        )
-        check(
-            config.sampler.kind != "ode", "sampler.kind='ode': has no density to learn from; choose sde, cps or dance"
-        )
+        kinds = gaussians.KINDS[1:]  # an ODE has no density to learn from
+        check(config.sampler.kind in kinds, f"sampler.kind={config.sampler.kind!r}: choose one of {kinds}")
+        steps = config.sampler.steps
+        check(steps > 1, f"sampler.steps={steps}: give at least 2, the last is not trained")
+        check(1 <= config.grpo.window <= steps, f"grpo.window={config.grpo.window}: choose 1..{steps}, sampler.steps")
+        for name, part in {**config.teachers, "grpo_mix": config.grpo_mix}.items():
+            check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
+            check(set(part.prompts) <= set(TASKS), f"{name}.prompts={part.prompts}: choose of {TASKS}")
+            check(set(part.rewards) <= set(REWARDS), f"{name}.rewards={part.rewards}: choose of {REWARDS}")
         for name in config.arms:
             arm = arm_recipe(config, name)
-            known = tuple(losses.ESTIMATORS)
-            check(arm.estimator in known, f"arms.{name}.estimator={arm.estimator!r}: choose one of {known}")
-            known = gaussians.WEIGHTINGS
-            check(arm.weighting in known, f"arms.{name}.weighting={arm.weighting!r}: choose one of {known}")
+            for key, known in ARM_CHOICES.items():
+                check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
+        for name, part in (("grpo", config.grpo), ("opd", config.opd)):
+            records, parts = part.prompts * part.group, part.micro_batches * part.get("updates", 1)
+            check(records % parts == 0, f"{name}: {records} records do not divide into {parts} updates x micro_batches")
     for name, part in (("grpo", config.grpo), ("opd", config.opd)):
         sharding.batch_must_divide(part.prompts, mesh, f"{name}.prompts")
-    if config.shipped and not config.missing:
-        for name in ("base", *config.teachers, "grpo_mix"):
-            stages.load(stages.SHIPPED / f"scenes_{name}.safetensors")
+    if config.shipped:
+        base = stages.load(SHIPPED_BASE)
+        for name, part in grpo_parts(config).items():
+            stages.load(shipped(name), stages.recipe_of(grpo_settings(config, part), base.sha256))
+
+
+def shipped(stage: str) -> Path:
+    return stages.SHIPPED / f"scenes_{stage}.safetensors"
+
+
+def grpo_parts(config) -> dict:
+    """The stages that Flow-GRPO trains: a specialist for each reward, and the mixture of all."""
+    return {f"grpo_{name}": part for name, part in config.teachers.items()} | {"grpo_mix": config.grpo_mix}
 
 
 def arm_recipe(config, name: str):
@@ -71,28 +93,21 @@ class Experiment:
     def __init__(self, config, workdir: Path, mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = scenes.module(config)
-        self.about = {"command": " ".join(sys.argv)}
+        self.about = {"command": shlex.join(sys.argv)}
         self.base = self.load_base()
         backbone = sharding.replicate(self.base.params, mesh)
         self.velocity = flow_methods.adapted_velocity(self.model, config.lora.scale, backbone)
         self.updates = {}
         self.routed = flow_methods.routed_velocity(self.model, config.lora.scale, backbone)
 
-    def made(self, name: str, settings, upstream, make) -> stages.Made:
-        recipe = stages.recipe_of(settings, *upstream)
-        if self.config.shipped and (shipped := stages.SHIPPED / f"scenes_{name}.safetensors").exists():
-            return stages.load(shipped, recipe)
-        return stages.once(name, self.workdir, recipe, make, self.about)
-
     def load_base(self) -> stages.Made:
         """The shipped model, made by `configs/scenes_base.py`; a random one if the config asks for another size."""
-
-        def random():
-            return scenes.init_params(self.model, self.config.seed), 0
-
-        if self.config.model.to_dict() == common.scene_model().to_dict():
-            return stages.load(stages.SHIPPED / "scenes_base.safetensors")
-        return self.made("random_base", self.config.model.to_dict(), (), random)
+        config = self.config
+        if config.model.to_dict() == common.scene_model().to_dict():
+            return stages.load(SHIPPED_BASE)
+        recipe = stages.recipe_of({"model": config.model.to_dict(), "seed": config.seed})
+        random = lambda _: (scenes.init_params(self.model, config.seed), 0)
+        return stages.once("random_base", self.workdir, recipe, random, self.about)
 
     def adapter(self, seed: int, rank: int):
         return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
@@ -111,7 +126,7 @@ class Experiment:
             return flow_methods.offline_update(self.velocity, recipe)
         return flow_methods.opd_update(self.velocity, self.config, recipe)
 
-    def train(self, stage: str, method, optimizer, adapter, batches, steps: int, seed: int, teacher_params=None):
+    def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):
         """Runs the loop on an adapter and returns its average over time."""
         state = sharding.replicate(optim.init_state(adapter, optimizer), self.mesh)
         state, _ = loop.run(
@@ -120,6 +135,7 @@ class Experiment:
             batches,
             workdir=self.workdir,
             stage=stage,
+            checkpoint_dir=checkpoint_dir,
             steps=steps,
             seed=seed,
             teacher_params=teacher_params,
@@ -127,27 +143,31 @@ class Experiment:
         )
         return state.ema
 
-    def grpo(self, name: str, part) -> stages.Made:
+    def grpo(self, stage: str, part) -> stages.Made:
         """A specialist (one reward) or the mixture baseline (all of them), by Flow-GRPO from the base."""
         config, recipe = self.config, self.config.grpo
+        recipe_hash = stages.recipe_of(grpo_settings(config, part), self.base.sha256)
+        if config.shipped:
+            return stages.load(shipped(stage), recipe_hash)
         steps = part.get("steps", recipe.steps)
 
-        def make():
+        def make(checkpoint_dir):
             update, optimizer = self.update("grpo")
             method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
             batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
             adapter = self.adapter(config.seed, config.lora.rank)
-            trained = self.train(f"grpo_{name}", method, optimizer, adapter, batches, steps, config.seed)
+            trained = self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, steps, config.seed)
             return trained, steps * recipe.prompts * recipe.group
 
-        settings = grpo_settings(config, part)
-        return self.made(name, settings, (self.base,), make)
+        return stages.once(stage, self.workdir, recipe_hash, make, self.about)
 
     def student(self, name: str, seed: int, teachers: dict[str, stages.Made]) -> stages.Made:
         """One arm of the comparison: a student distilled from the teachers, one way or another."""
         config, recipe = self.config, arm_recipe(self.config, name)
 
-        def make():
+        stage = f"{name}_seed{seed}"
+
+        def make(checkpoint_dir):
             adapters = sharding.replicate([teachers[task].params for task in config.tasks], self.mesh)
             anchor = sharding.replicate(teachers[config.anchor].params, self.mesh)
             start = self.merged(teachers)
@@ -160,13 +180,14 @@ class Experiment:
                 method = flow_methods.opd_method(self.velocity, self.routed, update, config, recipe)
             batches = scenes.prompts(config.tasks, recipe.prompts, seed, self.mesh)
             labels = (adapters, anchor)
-            stage = f"{name}_seed{seed}"
-            trained = self.train(stage, method, optimizer, start, batches, recipe.steps, seed, labels)
+            trained = self.train(checkpoint_dir, stage, method, optimizer, start, batches, recipe.steps, seed, labels)
             return trained, recipe.steps * recipe.prompts * recipe.group
 
-        settings = {"arm": recipe.to_dict(), "sampler": config.sampler.to_dict(), "seed": seed, "anchor": config.anchor}
-        recipe_hash = stages.recipe_of(settings, self.base, *teachers.values())
-        return stages.once(f"{name}_seed{seed}", self.workdir, recipe_hash, make, self.about)
+        shared = {key: config[key].to_dict() for key in ("sampler", "lora")}
+        settings = shared | {"arm": recipe.to_dict(), "seed": seed, "anchor": config.anchor, "tasks": config.tasks}
+        upstream = {key: made.sha256 for key, made in teachers.items()}
+        recipe_hash = stages.recipe_of(settings | {"teachers": upstream}, self.base.sha256)
+        return stages.once(stage, self.workdir, recipe_hash, make, self.about)
 
     def merged(self, teachers: dict[str, stages.Made]):
         """The cold start: one adapter whose update is exactly the mean of the teachers' updates."""
@@ -196,7 +217,7 @@ class Model(NamedTuple):
 def run(config, workdir: Path, mesh) -> None:
     began = time.time()
     experiment = Experiment(config, workdir, mesh)
-    teachers = {name: experiment.grpo(name, part) for name, part in config.teachers.items()}
+    teachers = {name: experiment.grpo(f"grpo_{name}", part) for name, part in config.teachers.items()}
     mix = experiment.grpo("grpo_mix", config.grpo_mix)
     students = {name: [experiment.student(name, seed, teachers) for seed in config.seeds] for name in config.arms}
 

@@ -28,9 +28,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; de
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir; it ends as if it had not stopped.")
 
 
-def main(_) -> None:
-    if _CONFIG.value is None:
-        raise config_lib.ConfigError("--config is missing: give a file, such as --config=configs/flow_opd.py")
+def main(argv) -> None:
+    if argv[1:]:
+        raise config_lib.ConfigError(
+            f"cannot use {' '.join(argv[1:])!r}: flags begin with --, as in --workdir=runs/mine"
+        )
+    if _RESUME.value and not _WORKDIR.value:
+        raise config_lib.ConfigError("--resume needs --workdir=..., the folder of the run to continue")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value

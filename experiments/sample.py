@@ -1,6 +1,6 @@
 """Draws pictures from any stage of a finished or running flow run.
 
-python experiments/sample.py WORKDIR "two red circles left of a blue square" [--stage=flow_opd] [--count=16]
+python experiments/sample.py WORKDIR "two red circles left of a blue square" [--stage=flow_opd_seed0] [--count=16]
 """
 
 import os
@@ -21,15 +21,21 @@ from opd_jax.worlds.scenes import parse
 _STAGE = flags.DEFINE_string("stage", None, "Stage to draw from; default the main student, else the last one made.")
 _COUNT = flags.DEFINE_integer("count", 16, "Number of pictures.", lower_bound=1, upper_bound=256)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps of the ODE.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of the ODE; default as in the run's evaluation.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "PNG to write; default WORKDIR/samples/STAGE.png.")
 
 
-def checkpoints(workdir: Path) -> dict[str, Path]:
-    """Every stage with parameters: those made in this run, in order, after those it started from."""
+def checkpoints(workdir: Path, with_shipped: bool) -> dict[str, Path]:
+    """Every stage with parameters, the latest last: those shipped, if the run starts from them, and those it made."""
     own = sorted([*workdir.glob("*.safetensors"), *(workdir / "stages").glob("*.safetensors")], key=os.path.getmtime)
-    shipped = {path.stem.removeprefix("scenes_"): path for path in sorted(stages.SHIPPED.glob("scenes_*.safetensors"))}
-    return shipped | {path.stem.rsplit("-", 1)[0]: path for path in own}
+    found = {path.stem.removeprefix("scenes_"): path for path in sorted(stages.SHIPPED.glob("scenes_*.safetensors"))}
+    if not with_shipped:
+        found = {"base": found["base"]}
+    for path in own:
+        name = path.stem.rsplit("-", 1)[0]
+        found.pop("base" if name == "random_base" else name, None)
+        found[name] = path
+    return found
 
 
 def main(argv) -> None:
@@ -43,7 +49,7 @@ def main(argv) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     config = config_lib.load(workdir / "config.json")
-    found = checkpoints(workdir)
+    found = checkpoints(workdir, config.get("shipped", False))
     students = [name for name in found if name.startswith("flow_opd_seed")]
     stage = _STAGE.value or (students or list(found))[-1]
     if stage not in found:
@@ -56,7 +62,8 @@ def main(argv) -> None:
         base = stages.load(found.get("random_base", found["base"]))
         velocity = flow_methods.adapted_velocity(model, config.lora.scale, base.params)
     each = [caption for caption in captions for _ in range(_COUNT.value)]
-    images = scenes.pictures(velocity, made.params, each, steps=_STEPS.value, shift=2.0, seed=_SEED.value)
+    steps = _STEPS.value or config.eval.steps
+    images = scenes.pictures(velocity, made.params, each, steps=steps, shift=config.eval.shift, seed=_SEED.value)
     path = Path(_OUT.value) if _OUT.value else workdir / "samples" / f"{stage}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     report.image_grid(images, min(_COUNT.value, 8), 4).save(path)

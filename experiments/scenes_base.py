@@ -1,5 +1,6 @@
 """Pretraining of the scenes world's base model: flow matching on captioned pictures, in the one loop."""
 
+import shlex
 import sys
 import time
 
@@ -49,7 +50,7 @@ def run(config, workdir, mesh) -> None:
     made, seconds = None, {}
     for name, phase in config.phases.items():
 
-        def train(name=name, phase=phase, start=made):
+        def train(checkpoint_dir, name=name, phase=phase, start=made):
             params = start.params if start else pieces.init_params(pieces.module(config), config.seed)
             pretraining, optimizer = method(config, phase, velocity)
             state, _ = loop.run(
@@ -58,16 +59,18 @@ def run(config, workdir, mesh) -> None:
                 pieces.pairs(phase.wrong, phase.damaged, config.batch_size, config.seed, mesh),
                 workdir=workdir,
                 stage=name,
+                checkpoint_dir=checkpoint_dir,
                 steps=phase.steps,
                 seed=config.seed,
                 save_every=config.save_every,
             )
             return state.ema, 0
 
-        recipe = stages.recipe_of(phase_settings(config, name), *([made] if made else []))
-        made = stages.once(name, workdir, recipe, train, {"command": " ".join(sys.argv)})
+        recipe = stages.recipe_of(phase_settings(config, name), *([made.recipe] if made else []))
+        made = stages.once(name, workdir, recipe, train, {"command": shlex.join(sys.argv)})
         seconds[name] = made.seconds
-    stages.save(workdir / "base.safetensors", made, {"stage": "base", "command": " ".join(sys.argv)})
+    made = made._replace(seconds=sum(seconds.values()))
+    stages.save(workdir / "base.safetensors", made, {"stage": "base", "command": shlex.join(sys.argv)})
     captions = pieces.held_out(config.eval.prompts, config.eval.seed)
     sampler = {name: config.eval[name] for name in ("steps", "shift", "seed")}
     rows = [{"model": "base"} | pieces.score(velocity, made.params, captions, **sampler)]

@@ -10,6 +10,7 @@ import jax
 
 from opd_jax.checkpoint import load_params, params_sha256, save_params
 from opd_jax.config import ConfigError, fingerprint
+from opd_jax.metrics import read_metrics
 from opd_jax.types import PyTree
 
 SHIPPED = Path(str(resources.files("opd_jax"))) / "worlds" / "weights"
@@ -25,14 +26,17 @@ class Made(NamedTuple):
     images: int  # sampled by this stage alone
 
 
-def recipe_of(settings: Any, *upstream: Made) -> str:
-    """Hash of a stage's settings and of the recipes it builds on: what a cached result must agree with."""
-    return fingerprint({"settings": settings, "upstream": [made.recipe for made in upstream]})
+def recipe_of(settings: Any, *upstream: str) -> str:
+    """Hash of a stage's settings and of what it builds on (hashes of parameters, or of recipes): what a cached result
+    must agree with."""
+    return fingerprint({"settings": settings, "upstream": list(upstream)})
 
 
 def load(path: Path, recipe: str | None = None) -> Made:
     """A finished stage from its file. Raises: ConfigError when it was made by another recipe, or is damaged."""
     params, about = load_params(path)
+    if "recipe" not in about:
+        raise ConfigError(f"{path}: does not say how it was made; give a file that a stage of a run has written")
     if recipe is not None and about.get("recipe") != recipe:
         raise ConfigError(
             f"{path}: made by recipe {str(about.get('recipe'))[:12]}, this config asks for {recipe[:12]}; "
@@ -49,18 +53,23 @@ def save(path: Path, made: Made, about: dict[str, Any]) -> None:
     save_params(path, made.params, facts | about)
 
 
-def once(name: str, workdir: Path, recipe: str, make: Callable[[], tuple[PyTree, int]], about: dict) -> Made:
+def once(
+    name: str, workdir: Path, recipe: str, make: Callable[[Path], tuple[PyTree, int]], about: dict | None = None
+) -> Made:
     """The stage `name`: read from `workdir/stages` when it is there, else made, timed and written.
 
     Args:
-        make: returns the parameters and the number of images sampled; killed half way it must be able to resume.
+        make: given a folder for its checkpoints, which belongs to this recipe alone, returns the parameters and the
+            number of images sampled; killed half way it must be able to go on. Its metrics are logged as `name`.
     """
     path = workdir / "stages" / f"{name}-{recipe[:12]}.safetensors"
     if path.exists():
         return load(path, recipe)
     began = time.time()
-    params, images = make()
+    params, images = make(workdir / "checkpoints" / f"{name}-{recipe[:12]}")
     params = jax.device_get(params)
-    made = Made(params, recipe, params_sha256(params), time.time() - began, images)
-    save(path, made, about | {"stage": name})
+    logged = read_metrics(workdir, name)  # their seconds include those before a resume
+    seconds = logged[-1]["seconds"] if logged else time.time() - began
+    made = Made(params, recipe, params_sha256(params), seconds, images)
+    save(path, made, (about or {}) | {"stage": name})
     return made

@@ -89,7 +89,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, tensorstore and json each raise their own
             path, remedy = self.directory / str(step), "delete that folder to resume from the checkpoint before it"
-            raise ValueError(f"cannot read checkpoint {path} ({type(error).__name__}); {remedy}") from error
+            raise ConfigError(f"cannot read checkpoint {path} ({type(error).__name__}); {remedy}") from error
 
     def wait(self) -> None:
         """Returns when everything saved so far is complete on disk."""
@@ -117,7 +117,7 @@ def _require_same_tree(stored: dict[str, str], wanted: dict[str, str], path: Pat
     if keys:
         lines = [f"{key}: {stored.get(key, 'absent')} stored, {wanted.get(key, 'absent')} wanted" for key in keys]
         shown = "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
-        raise ValueError(f"checkpoint {path} is of another state: {shown}; use the config it was saved with")
+        raise ConfigError(f"checkpoint {path} is of another state: {shown}; use the config it was saved with")
 
 
 def _encode(data_state: bytes | Mapping[str, Any] | None) -> dict[str, Any]:

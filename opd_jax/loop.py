@@ -1,7 +1,7 @@
 """The loop: sample with the student, label with the teacher, supervise every step, update. There is no other."""
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 from opd_jax import rng
 from opd_jax.checkpoint import Checkpoints
@@ -14,8 +14,9 @@ def run(
     state: TrainState,
     data: Iterator[PyTree],
     *,
-    workdir: Any,
+    workdir: Path,
     stage: str,
+    checkpoint_dir: Path,
     steps: int,
     seed: int,
     teacher_params: PyTree = None,
@@ -29,7 +30,8 @@ def run(
     Args:
         method: the four functions of a paper.
         data: an iterator of batches with `get_state` and `set_state` (`data.batches`).
-        stage: name of this run within `workdir`; checkpoints lie in `workdir/stage`.
+        workdir, stage: where metrics go, and this run's name in them.
+        checkpoint_dir: of this run alone; what is found there is continued, so name it after all the run depends on.
         teacher_params: handed to `method.label`; never saved.
         save_every: updates between checkpoints; the last update is always saved.
 
@@ -39,12 +41,13 @@ def run(
     sample_key, update_key = rng.stream(seed, "sample"), rng.stream(seed, "update")
     watch = Stopwatch()
     method = watch.wrap(method)
-    with Checkpoints(f"{workdir}/{stage}") as checkpoints:
+    with Checkpoints(checkpoint_dir) as checkpoints:
         start = 0
         if restored := checkpoints.restore(state):
             state, data_state, start = restored
             data.set_state(data_state)
-        with MetricsWriter(workdir, steps, stage, start=start, last_good=lambda: checkpoints.latest_step) as writer:
+        last_good = lambda: f"{checkpoint_dir}/{checkpoints.latest_step}"
+        with MetricsWriter(workdir, steps, stage, start=start, last_good=last_good) as writer:
             for step in range(start, steps):
                 batch = next(data)
                 rollout = method.sample(state.params, batch, rng.at_step(sample_key, step))

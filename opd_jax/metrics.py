@@ -113,7 +113,7 @@ class MetricsWriter:
             if not np.all(np.isfinite(value)):
                 raise FloatingPointError(
                     f"{self._stage} step {step}: {name} = {value}; last good checkpoint: {self._last_good()}; "
-                    "resume from it with a lower learning rate or tighter clipping"
+                    "start a new run with a lower learning rate or tighter clipping"
                 )
         row = {"stage": self._stage, "step": step, "seconds": round(seconds, 3)}
         self._file.write(json.dumps(row | {name: _number(value) for name, value in values.items()}) + "\n")

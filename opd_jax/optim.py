@@ -56,7 +56,8 @@ def dense(
     """The update of every method without privacy: gradient of `sum(total) / sum(weight)`, divided once.
 
     Totals and weights are added over records, micro-batches and devices (jit in the global view: no collective is
-    spelled out), so neither the split into micro-batches nor the number of devices changes the result.
+    spelled out), so neither the split into micro-batches nor the number of devices changes the result; every part sees
+    the same key.
 
     Args:
         supervise: the paper. Made a `Partial`, its frozen weights are arguments of the compiled step.
@@ -87,7 +88,7 @@ def dense(
         change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+        ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.ema, params)
         metrics = {
             "loss": total / weight,
             "weight": weight,

@@ -95,3 +95,12 @@ def test_schedule():
 
 def test_split_interleaves():
     np.testing.assert_array_equal(optim.split(jnp.arange(6), 3), [[0, 3], [1, 4], [2, 5]])
+
+
+def test_parameters_and_average_keep_their_dtype():
+    params = {"w": jnp.array([1.0, -2.0], jnp.bfloat16)}
+    optimizer = optax.sgd(0.1)
+    state, _ = optim.dense(supervise, optimizer, ema_decay=0.9)(
+        optim.init_state(params, optimizer), DATA, jnp.ones(8), KEY
+    )
+    assert state.params["w"].dtype == state.ema["w"].dtype == jnp.bfloat16

@@ -268,7 +268,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def mistake(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs in one thing: a letter, a count, a colour, a shape or the relation."""
+    """A scene with one thing drawn again, perhaps the same: a letter, a count, a colour, a shape or the relation."""
     if scene.text:
         letters = list(scene.text)
         letters[rng.integers(len(letters))] = _pick(rng, LETTERS)
@@ -308,8 +308,8 @@ def damage(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def web_pair(rng: np.random.Generator, wrong: float, damaged: float) -> tuple[str, np.ndarray]:
-    """A caption and a picture as a crawler finds them: with probability `wrong` the caption errs in one thing, with
-    probability `damaged` the picture is spoilt. Captions are of the training split."""
+    """A caption and a picture as a crawler finds them: with probability `wrong` one thing in the picture is drawn
+    without regard to the caption, with probability `damaged` the picture is spoilt. Captions are of training."""
     scene = draw_scene(rng, TASKS[int(rng.integers(len(TASKS)))])
     image = render(mistake(scene, rng) if rng.random() < wrong else scene, rng)
     return scene.caption, damage(image, rng) if rng.random() < damaged else image
