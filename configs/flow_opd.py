@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "ema_decay": 0.9,
         },
         "teachers": {  # name: the prompts it trains on and the reward each of them is judged by
-            "composition": {"prompts": ("composition",), "rewards": ("composition",)},
+            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 300},  # learns slowest
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
             "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality")},
         },
@@ -88,7 +88,7 @@ def _tiny(config: ConfigDict) -> None:
     config.sampler.steps = 4
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2, "window": 2})
-    config.grpo_mix.steps = 2
+    config.grpo_mix.steps = config.teachers.composition.steps = 2
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
     config.save_every = 1

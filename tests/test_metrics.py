@@ -128,7 +128,7 @@ def test_stopwatch_waits_adds_up_and_laps():
     method = watch.wrap(Method(sample=jnp.sin, label=label, update=jnp.cos))
     assert float(method.label(jnp.float32(1))) == 2 and float(method.label(1)) == 2
     lap = watch.take()
-    assert lap.keys() == {"seconds/label"} and 0.06 <= lap["seconds/label"] < 1
+    assert lap.keys() == {"seconds/label"} and lap["seconds/label"] >= 0.06
     method.sample(jnp.float32(0))
     second = watch.take()
     assert second["seconds/label"] == 0 and second["seconds/sample"] > 0
