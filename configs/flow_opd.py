@@ -37,15 +37,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "micro_batches": 1,
             "ema_decay": 0.9,
         },
-        "teachers": {  # name: the prompts it trains on and the reward each of them is judged by
-            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 300},  # learns slowest
+        "teachers": {  # name: its prompts, the reward each is judged by, and what it changes in `grpo`
+            "composition": {"prompts": ("composition",), "rewards": ("composition",)},
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
-            "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality")},
+            "quality": {
+                "prompts": ("composition", "ocr"),
+                "rewards": ("quality", "quality"),
+                "steps": 40,  # after that, and at higher rates, the reward falls again
+                "learning_rate": 5e-4,
+            },
         },
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
-            "steps": 180,
+            "steps": 100,
+            "learning_rate": 5e-4,
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
@@ -88,7 +94,7 @@ def _tiny(config: ConfigDict) -> None:
     config.sampler.steps = 4
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2, "window": 2})
-    config.grpo_mix.steps = config.teachers.composition.steps = 2
+    config.grpo_mix.steps = config.teachers.quality.steps = 2
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
     config.save_every = 1

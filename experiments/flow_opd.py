@@ -78,6 +78,14 @@ def arm_recipe(config, name: str):
     return recipe
 
 
+def grpo_recipe(config, part):
+    """The settings of one specialist: `config.grpo` with what its part changes."""
+    recipe = config.grpo.copy_and_resolve_references()
+    with recipe.unlocked():
+        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate")})
+    return recipe
+
+
 def grpo_settings(config, part) -> dict:
     """What a specialist, or the mixture, depends on beside the base: the recipe that its shipped weights must match."""
     shared = {name: config[name].to_dict() for name in ("grpo", "lora", "sampler")}
@@ -113,15 +121,12 @@ class Experiment:
         return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
 
     def update(self, name: str) -> tuple:
-        """The compiled update of an arm, or of GRPO, and its optimiser: one for all seeds and all rewards."""
+        """The compiled update of an arm and its optimiser: one for all seeds."""
         if name not in self.updates:
-            self.updates[name] = self.new_update(name)
+            self.updates[name] = self.new_update(arm_recipe(self.config, name))
         return self.updates[name]
 
-    def new_update(self, name: str) -> tuple:
-        if name == "grpo":
-            return flow_methods.grpo_update(self.velocity, self.config, self.config.grpo)
-        recipe = arm_recipe(self.config, name)
+    def new_update(self, recipe) -> tuple:
         if recipe.method == "offline":
             return flow_methods.offline_update(self.velocity, recipe)
         return flow_methods.opd_update(self.velocity, self.config, recipe)
@@ -145,19 +150,18 @@ class Experiment:
 
     def grpo(self, stage: str, part) -> stages.Made:
         """A specialist (one reward) or the mixture baseline (all of them), by Flow-GRPO from the base."""
-        config, recipe = self.config, self.config.grpo
+        config, recipe = self.config, grpo_recipe(self.config, part)
         recipe_hash = stages.recipe_of(grpo_settings(config, part), self.base.sha256)
         if config.shipped:
             return stages.load(shipped(stage), recipe_hash)
-        steps = part.get("steps", recipe.steps)
 
         def make(checkpoint_dir):
-            update, optimizer = self.update("grpo")
+            update, optimizer = flow_methods.grpo_update(self.velocity, config, recipe)
             method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
             batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
             adapter = self.adapter(config.seed, config.lora.rank)
-            trained = self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, steps, config.seed)
-            return trained, steps * recipe.prompts * recipe.group
+            trained = self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, recipe.steps, config.seed)
+            return trained, recipe.steps * recipe.prompts * recipe.group
 
         return stages.once(stage, self.workdir, recipe_hash, make, self.about)
 
