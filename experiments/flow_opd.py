@@ -156,7 +156,10 @@ class Experiment:
             return stages.load(shipped(stage), recipe_hash)
 
         def make(checkpoint_dir):
-            update, optimizer = flow_methods.grpo_update(self.velocity, config, recipe)
+            shared = f"grpo at {recipe.learning_rate}"  # all that the update depends on
+            if shared not in self.updates:
+                self.updates[shared] = flow_methods.grpo_update(self.velocity, config, recipe)
+            update, optimizer = self.updates[shared]
             method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
             batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
             adapter = self.adapter(config.seed, config.lora.rank)
