@@ -59,7 +59,7 @@ def main(argv) -> None:
     if "pos_embed" in made.params:  # a backbone, not an adapter
         velocity = scenes.full_velocity(model)
     else:
-        base = stages.load(found.get("random_base", found["base"]))
+        base = stages.load(found["random_base" if "random_base" in found else "base"])
         velocity = flow_methods.adapted_velocity(model, config.lora.scale, base.params)
     each = [caption for caption in captions for _ in range(_COUNT.value)]
     steps = _STEPS.value or config.eval.steps
