@@ -26,39 +26,34 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "lora": {"pattern": r"(attn|ff|ff_context)/\w+/kernel", "rank": 8, "scale": 2.0},  # scale = alpha / rank
         "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "double_shift": False, "noise_level": 0.7},
         "grpo": {
-            "steps": 120,
+            "steps": 150,
             "prompts": 16,
             "group": 12,
-            "learning_rate": 1.5e-3,
+            "learning_rate": 5e-4,
             "warmup": 5,
             "clip": 1e-4,
+            "beta": 0.01,  # weight of the KL to the base, in nats per element
             "window": 3,  # stochastic, trained steps, somewhere in the first half
             "updates": 1,
             "micro_batches": 1,
             "ema_decay": 0.9,
         },
         "teachers": {  # name: its prompts, the reward each is judged by, and what it changes in `grpo`
-            "composition": {"prompts": ("composition",), "rewards": ("composition",)},
+            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 240},
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
-            "quality": {
-                "prompts": ("composition", "ocr"),
-                "rewards": ("quality", "quality"),
-                "steps": 40,  # after that, and at higher rates, the reward falls again
-                "learning_rate": 5e-4,
-            },
+            "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality"), "steps": 120},
         },
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
-            "steps": 100,
-            "learning_rate": 5e-4,
+            "steps": 510,  # as many as its three competitors have together
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
         "opd": {
             "method": "opd",
-            "init": "merge",  # mean of the teachers' updates, or "base"; its rank is the sum of theirs either way
-            "steps": 45,
+            "init": "merge",  # mean of the teachers' updates, "base", or the arm it goes on from; rank: sum of theirs
+            "steps": 60,
             "prompts": 16,
             "group": 2,
             "learning_rate": 1e-3,
@@ -72,8 +67,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "arms": {  # every row of the table that trains: what it changes in `opd`
             "flow_opd": {},
             "no_mar": {"anchor_weight": 0.0},
-            "offline": {"init": "base", "method": "offline"},
-            "state_only": {"estimator": "state_only"},
+            "offline": {"init": "base", "method": "offline"},  # SFT on the teachers' pictures
+            "after_sft": {"init": "offline"},  # the paper's other cold start
+            "state_only": {"estimator": "state_only", "anchor_weight": 0.0},
             "log_ratio": {"estimator": "log_ratio"},
             "kl_no_dt": {"weighting": "kl_no_dt"},
             "velocity": {"weighting": "velocity"},
@@ -94,11 +90,12 @@ def _tiny(config: ConfigDict) -> None:
     config.sampler.steps = 4
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2, "window": 2})
-    config.grpo_mix.steps = config.teachers.quality.steps = 2
+    for part in (config.grpo_mix, config.teachers.composition, config.teachers.quality):
+        part.steps = 2
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
     config.save_every = 1
-    for name in set(config.arms) - {"flow_opd", "offline"}:
+    for name in set(config.arms) - {"flow_opd", "offline", "after_sft"}:
         del config.arms[name]
 
 
@@ -123,7 +120,7 @@ def _paper(config: ConfigDict) -> None:
         {"steps": 10, "shift": 3.0, "double_shift": True, "noise_level": 0.7}
     )  # the first nine steps are trained
     config.grpo.update({  # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
-        "prompts": 48, "group": 24, "learning_rate": 3e-4, "clip": 1e-4, "window": 9, "updates": 2,
+        "prompts": 48, "group": 24, "learning_rate": 3e-4, "clip": 1e-4, "beta": 0.04, "window": 9, "updates": 2,
     })  # fmt: skip
     config.opd.update(
         {

@@ -77,6 +77,13 @@ def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _window_velocities(window: int, velocity_fn, rollout):
+    """What the base, which is the student without an adapter, would have done at the steps that Flow-GRPO trains."""
+    part = policy_gradient.window_of(rollout, window)
+    return flow.velocities(velocity_fn, {}, part.condition, part.states[:, :-1], part.times[0, :-1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _noise_teacher_pictures(sampling: Sampling, teachers, adapters, _, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
     keys = rng.per_record(rng.at_step(key, 0), batch["tokens"].shape[0])
@@ -103,10 +110,11 @@ def opd_method(student: Partial, teachers: Partial, update, config, recipe) -> M
 
 
 def grpo_update(student: Partial, config, recipe) -> tuple:
-    """Flow-GRPO's update and its optimiser."""
-    return _update(
-        policy_gradient.grpo(student, kind=config.sampler.kind, clip=recipe.clip, window=recipe.window), recipe
+    """Flow-GRPO's update and its optimiser; `beta` weighs the exact KL to the base, in nats per element."""
+    loss = policy_gradient.grpo(
+        student, kind=config.sampler.kind, clip=recipe.clip, window=recipe.window, beta=recipe.beta, normalize=False
     )
+    return _update(loss, recipe)
 
 
 def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, recipe) -> Method:
@@ -122,7 +130,8 @@ def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, reci
                 reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
         reward = jax.device_put(reward, rollout.task.sharding)
         advantage = policy_gradient.group_advantages(reward, rollout.group, len(captions) // recipe.group)
-        return RewardLabels(advantage, reward=reward)
+        reference = _window_velocities(recipe.window, student, rollout) if recipe.beta > 0 else None
+        return RewardLabels(advantage, reference, reward)
 
     sampling = Sampling(**config.sampler, group=recipe.group, window=recipe.window)
     return Method(functools.partial(_sample_paths, sampling, student), label, update)

@@ -12,7 +12,7 @@ import numpy as np
 from configs import common
 from experiments import flow_methods, scenes, stages
 from opd_jax import loop, metrics, optim, report, rng, sharding
-from opd_jax.config import checks, versions
+from opd_jax.config import checks, fingerprint, versions
 from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
@@ -21,9 +21,9 @@ from opd_jax.worlds.scenes import TASKS
 
 SHOWN = 10  # pictures of each model in the report
 SHIPPED_BASE = stages.SHIPPED / "scenes_base.safetensors"
+INITS = ("merge", "base")  # where a student starts; or where an arm ended that started from one of these
 ARM_CHOICES = {
     "method": ("opd", "offline"),
-    "init": ("merge", "base"),
     "estimator": tuple(losses.ESTIMATORS),
     "weighting": gaussians.WEIGHTINGS,
 }
@@ -50,11 +50,13 @@ def validate(config, mesh) -> None:
             arm = arm_recipe(config, name)
             for key, known in ARM_CHOICES.items():
                 check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
+            inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
+            check(arm.init in inits, f"init={arm.init!r} (arm {name}): choose one of {', '.join(inits)}")
         for name, part in (("grpo", config.grpo), ("opd", config.opd)):
             records, parts = part.prompts * part.group, part.micro_batches * part.get("updates", 1)
             check(records % parts == 0, f"{name}: {records} records do not divide into {parts} updates x micro_batches")
-    for name, part in (("grpo", config.grpo), ("opd", config.opd)):
-        sharding.batch_must_divide(part.prompts, mesh, f"{name}.prompts")
+            uneven = sharding.uneven(part.prompts, mesh, f"{name}.prompts")
+            check(not uneven, uneven)
     if config.shipped:
         base = stages.load(SHIPPED_BASE)
         for name, part in grpo_parts(config).items():
@@ -82,7 +84,7 @@ def grpo_recipe(config, part):
     """The settings of one specialist: `config.grpo` with what its part changes."""
     recipe = config.grpo.copy_and_resolve_references()
     with recipe.unlocked():
-        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate")})
+        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate", "beta")})
     return recipe
 
 
@@ -120,11 +122,12 @@ class Experiment:
     def adapter(self, seed: int, rank: int):
         return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
 
-    def update(self, name: str) -> tuple:
-        """The compiled update of an arm and its optimiser: one for all seeds."""
-        if name not in self.updates:
-            self.updates[name] = self.new_update(arm_recipe(self.config, name))
-        return self.updates[name]
+    def update(self, recipe) -> tuple:
+        """The compiled update of an arm and its optimiser: one for all seeds, and for arms that differ elsewhere."""
+        shared = fingerprint({key: value for key, value in recipe.to_dict().items() if key not in ("init", "steps")})
+        if shared not in self.updates:
+            self.updates[shared] = self.new_update(recipe)
+        return self.updates[shared]
 
     def new_update(self, recipe) -> tuple:
         if recipe.method == "offline":
@@ -156,31 +159,33 @@ class Experiment:
             return stages.load(shipped(stage), recipe_hash)
 
         def make(checkpoint_dir):
-            shared = f"grpo at {recipe.learning_rate}"  # all that the update depends on
-            if shared not in self.updates:
-                self.updates[shared] = flow_methods.grpo_update(self.velocity, config, recipe)
-            update, optimizer = self.updates[shared]
-            method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
-            batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
-            adapter = self.adapter(config.seed, config.lora.rank)
-            trained = self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, recipe.steps, config.seed)
+            trained = self.train_grpo(stage, part, checkpoint_dir, recipe.steps)
             return trained, recipe.steps * recipe.prompts * recipe.group
 
         return stages.once(stage, self.workdir, recipe_hash, make, self.about)
 
+    def train_grpo(self, stage: str, part, checkpoint_dir, steps: int):
+        """The first `steps` updates of `grpo`."""
+        config, recipe = self.config, grpo_recipe(self.config, part)
+        shared = f"grpo at {recipe.learning_rate}, {recipe.beta}"  # all that the update depends on
+        if shared not in self.updates:
+            self.updates[shared] = flow_methods.grpo_update(self.velocity, config, recipe)
+        update, optimizer = self.updates[shared]
+        method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
+        batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
+        adapter = self.adapter(config.seed, config.lora.rank)
+        return self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, steps, config.seed)
+
     def student(self, name: str, seed: int, teachers: dict[str, stages.Made]) -> stages.Made:
         """One arm of the comparison: a student distilled from the teachers, one way or another."""
-        config, recipe = self.config, arm_recipe(self.config, name)
-
-        stage = f"{name}_seed{seed}"
+        config, recipe, stage = self.config, arm_recipe(self.config, name), f"{name}_seed{seed}"
+        earlier = None if recipe.init in INITS else self.student(recipe.init, seed, teachers)
 
         def make(checkpoint_dir):
             adapters = sharding.replicate([teachers[task].params for task in config.tasks], self.mesh)
             anchor = sharding.replicate(teachers[config.anchor].params, self.mesh)
-            start = self.merged(teachers)
-            if recipe.init == "base":
-                start = self.adapter(seed, config.lora.rank * len(teachers))
-            update, optimizer = self.update(name)
+            start = earlier.params if earlier else self.start(recipe.init, seed, teachers)
+            update, optimizer = self.update(recipe)
             if recipe.method == "offline":
                 method = flow_methods.offline_method(self.routed, adapters, update, config, recipe)
             else:
@@ -192,9 +197,18 @@ class Experiment:
 
         shared = {key: config[key].to_dict() for key in ("sampler", "lora")}
         settings = shared | {"arm": recipe.to_dict(), "seed": seed, "anchor": config.anchor, "tasks": config.tasks}
-        upstream = {key: made.sha256 for key, made in teachers.items()}
+        upstream = {key: made.sha256 for key, made in teachers.items()} | ({"init": earlier.sha256} if earlier else {})
         recipe_hash = stages.recipe_of(settings | {"teachers": upstream}, self.base.sha256)
-        return stages.once(stage, self.workdir, recipe_hash, make, self.about)
+        made = stages.once(stage, self.workdir, recipe_hash, make, self.about)
+        if earlier:
+            made = made._replace(seconds=made.seconds + earlier.seconds, images=made.images + earlier.images)
+        return made
+
+    def start(self, init: str, seed: int, teachers: dict[str, stages.Made]):
+        """Where a student starts: at the mean of its teachers, or at the base; of one rank either way."""
+        if init == "merge":
+            return self.merged(teachers)
+        return self.adapter(seed, self.config.lora.rank * len(teachers))
 
     def merged(self, teachers: dict[str, stages.Made]):
         """The cold start: one adapter whose update is exactly the mean of the teachers' updates."""

@@ -56,7 +56,7 @@ def prompts(kinds: tuple[str, ...], batch_size: int, seed: int, mesh):
     return data.batches(draw, batch_size, seed, lambda batch: sharding.shard_batch(batch, mesh))
 
 
-def pairs(wrong: float, damaged: float, batch_size: int, seed: int, mesh):
+def pairs(wrong: dict[str, float], damaged: float, batch_size: int, seed: int, mesh):
     """Endless batches `{"image": [B, H, W, 3], "tokens": [B, L]}` as a crawler finds them."""
 
     def draw(generator):
@@ -84,8 +84,11 @@ def _pictures(velocity_fn, params, tokens, key, steps, shift):
 
 def pictures(velocity_fn, params, captions: list[str], *, steps: int, shift: float, seed: int) -> np.ndarray:
     """One picture for each caption by the ODE, float32 `[N, H, W, 3]`; the same noise for every model."""
-    images = _pictures(velocity_fn, params, tokens_of(captions), rng.stream(seed, "pictures"), steps, shift)
-    return np.asarray(images)
+    tokens, devices = tokens_of(captions), jax.sharding.get_mesh().shape.get("data", 1)
+    if devices > 1:
+        tokens = sharding.shard_batch(np.pad(tokens, ((0, -len(tokens) % devices), (0, 0))), jax.sharding.get_mesh())
+    images = _pictures(velocity_fn, params, tokens, rng.stream(seed, "pictures"), steps, shift)
+    return np.asarray(images)[: len(captions)]
 
 
 def score(velocity_fn, params, captions: dict[str, list[str]], **sampler) -> dict[str, float]:

@@ -13,6 +13,9 @@ from opd_jax.config import ConfigError, fingerprint
 from opd_jax.metrics import read_metrics
 from opd_jax.types import PyTree
 
+FIRST = (
+    3  # losses written into a stage's file, so that whoever makes it again can see at once whether it goes the same way
+)
 SHIPPED = Path(str(resources.files("opd_jax"))) / "worlds" / "weights"
 
 
@@ -71,5 +74,6 @@ def once(
     logged = read_metrics(workdir, name)  # their seconds include those before a resume
     seconds = logged[-1]["seconds"] if logged else time.time() - began
     made = Made(params, recipe, params_sha256(params), seconds, images)
-    save(path, made, (about or {}) | {"stage": name})
+    first = [line["loss"] for line in logged[:FIRST]]
+    save(path, made, (about or {}) | {"stage": name, "first_losses": first})
     return made

@@ -217,6 +217,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         ConfigError: an unknown flag, config key, file or variant, or a value of the wrong type.
     """
     argv = list(argv)
+    for i in range(len(argv) - 1, 0, -1):  # `--config FILE` is `--config=FILE`
+        if argv[i - 1] in ("--config", "-config"):
+            argv[i - 1 : i + 1] = [f"--config={argv[i]}"]
     if any(arg.lstrip("-").startswith("help") for arg in argv[1:]):
         return app.parse_flags_with_usage(argv)
     if "config" not in flags.FLAGS:  # a program that takes no config, such as experiments/sample.py

@@ -11,6 +11,8 @@ from jaxtyping import Array, Key, Shaped
 
 from opd_jax.types import Metrics, PyTree, Supervise, TrainState
 
+QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}  # of `Weighted.spread`, as NAME_p05 and so on; 0 of nothing
+
 
 def adamw(
     learning_rate: float,
@@ -74,15 +76,16 @@ def dense(
         def loss(params, part):
             result = supervise(params, *part, key)
             counts = {name: value.sum() for name, value in result.metrics.items()}
-            return result.total.sum(), (result.weight.sum(), counts, jnp.float32(result.weight.size))
+            return result.total.sum(), (result.weight.sum(), counts, jnp.float32(result.weight.size), result.spread)
 
         def accumulate(carry, part):
-            return jax.tree.map(jnp.add, carry, _contribution(loss, state.params, part)), None
+            added, spread = _contribution(loss, state.params, part)
+            return jax.tree.map(jnp.add, carry, added), spread
 
         parts = split((rollout, labels), micro_batches)
-        shapes = jax.eval_shape(partial(_contribution, loss, state.params), jax.tree.map(lambda x: x[0], parts))
+        shapes, _ = jax.eval_shape(partial(_contribution, loss, state.params), jax.tree.map(lambda x: x[0], parts))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (gradient, total, (weight, sums, records)), _ = jax.lax.scan(accumulate, zero, parts)
+        (gradient, total, weight, sums, records), spread = jax.lax.scan(accumulate, zero, parts)
         weight = jnp.maximum(weight, 1e-12)
         gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
         change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -94,6 +97,9 @@ def dense(
             "weight": weight,
             "gradient_norm": optax.tree.norm(gradient),
         } | {name: value / records for name, value in sums.items()}
+        for name, values in spread.items():
+            quantiles = jnp.nanquantile(values, jnp.array(tuple(QUANTILES.values())))
+            metrics |= {f"{name}_{suffix}": jnp.nan_to_num(value) for suffix, value in zip(QUANTILES, quantiles)}
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     @partial(jax.jit, donate_argnums=1)
@@ -108,9 +114,9 @@ def dense(
 
 
 def _contribution(loss, params, part):
-    """What one micro-batch adds up to: gradient, total and the sums beside it."""
-    (total, extra), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
-    return gradient, total, extra
+    """What one micro-batch adds up to (gradient, total and the sums beside it), and what it does not: the spread."""
+    (total, (*sums, spread)), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+    return (gradient, total, *sums), spread
 
 
 def split(tree: PyTree, parts: int) -> PyTree:

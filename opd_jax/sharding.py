@@ -42,16 +42,13 @@ def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
     return mesh
 
 
-def batch_must_divide(batch: int, mesh: Mesh, name: str = "batch_size") -> None:
-    """Checks that a batch splits evenly over the `data` axis.
-
-    Raises:
-        ConfigError: naming the sizes next to it that do.
-    """
+def uneven(batch: int, mesh: Mesh, name: str = "batch_size") -> str:
+    """What is wrong with a batch that does not split over the `data` axis, and the sizes next to it that do; or ""."""
     n = mesh.shape["data"]
-    if batch % n or batch < 1:
-        near = sorted({max(n, batch // n * n), (batch // n + 1) * n})
-        raise ConfigError(f"{name}={batch}: does not split over {n} devices; use {' or '.join(map(str, near))}")
+    if batch % n == 0 and batch > 0:
+        return ""
+    near = sorted({max(n, batch // n * n), (batch // n + 1) * n})
+    return f"{name}={batch}: does not split over {n} devices; use {' or '.join(map(str, near))}"
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -71,8 +68,8 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(tree)}
     if len(sizes) > 1 or None in sizes:
         raise ConfigError(f"batch: first axes {sorted(map(str, sizes))}; every array of a batch needs the same one")
-    for size in sizes:
-        batch_must_divide(size, mesh)
+    if wrong := next(filter(None, (uneven(size, mesh) for size in sizes)), None):
+        raise ConfigError(wrong)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
 
 

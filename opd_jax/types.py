@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -51,12 +51,26 @@ class FlowLabels(NamedTuple):
     anchor_velocity: Float[Array, "B T H W C"] | None = None
 
 
+class TokenRollout(NamedTuple):
+    """The student's own completions; nothing here carries a gradient. `S` is prompt and response, right-padded."""
+
+    tokens: Int[Array, "B S"]  # prompt, then response
+    response: Bool[Array, "B S"]  # True where the token at s was sampled (it is predicted at s - 1); the end token too
+    length: Int[Array, "B"]  # prompt and response tokens
+    group: Int[Array, "B"]  # index of the prompt a record was sampled for; G records share one
+    task: Int[Array, "B"]  # index of the prompt's task, which routes it to its teacher
+    behavior_logp: Float[Array, "B S"]  # of the unmodified (T = 1) policy that sampled, in nats; 0 where not `response`
+    sampling_logp: Float[Array, "B S"]  # of the distribution drawn from (temperature, top-k); 0 where not `response`
+    truncated: Bool[Array, "B"]  # no end token before the limit
+
+
 class Weighted(NamedTuple):
     """A loss before any average: per record, a sum of per-step terms and how much it counts. `dense` divides, once."""
 
     total: Float[Array, "B"]
     weight: Float[Array, "B"]
     metrics: dict[str, Float[Array, "B"]] = {}  # noqa: RUF012  per record; reported as means over records
+    spread: dict[str, Float[Array, "B T"]] = {}  # noqa: RUF012  per step, NaN where not counted; reported as quantiles
 
 
 class TrainState(NamedTuple):

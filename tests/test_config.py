@@ -160,6 +160,7 @@ def test_run_prints_one_line_per_mistake_and_exits_2(tmp_path):
     [
         ([], "no --config; give one"),
         (["--config=connf.py"], "did you mean conf.py?"),
+        (["--config", "connf.py"], "did you mean conf.py?"),
         (["--config=conf.py:wat"], "variant='wat': choose default or tiny"),
         (["--config=conf.py", "--config.student.lr=abc"], "'abc'; give a float, as the default 0.001"),
         (["--config=conf.py", "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),

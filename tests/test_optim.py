@@ -17,7 +17,8 @@ DATA = {"x": jnp.arange(16.0).reshape(8, 2) / 7, "n": jnp.array([1.0, 2, 3, 1, 0
 def supervise(params, rollout, labels, key):
     """Per record n squared errors of equal size: total n e^2, weight n."""
     error = rollout["x"] @ params["w"] - labels
-    return Weighted(rollout["n"] * error**2, rollout["n"], {"error": jnp.abs(error)})
+    spread = {"error": jnp.where(rollout["n"] > 0, error, jnp.nan)[:, None]}
+    return Weighted(rollout["n"] * error**2, rollout["n"], {"error": jnp.abs(error)}, spread)
 
 
 def updated(**options):
@@ -50,6 +51,14 @@ def test_micro_batches_change_nothing(parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, split)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_spread_is_reported_as_quantiles_of_what_counts(parts):
+    _, metrics = updated(micro_batches=parts)
+    counted = np.asarray(DATA["x"] @ PARAMS["w"] - 1)[np.asarray(DATA["n"]) > 0]
+    for name, share in optim.QUANTILES.items():
+        np.testing.assert_allclose(metrics[f"error_{name}"], np.quantile(counted, share), rtol=1e-5)
+
+
 def test_several_updates_take_their_share_each():
     state, metrics = updated(updates=2)
     assert state.step == 2
@@ -68,7 +77,7 @@ def test_a_batch_without_weight_changes_nothing():
     empty = DATA | {"n": jnp.zeros(8)}
     state, metrics = update(optim.init_state(PARAMS, optimizer), empty, jnp.ones(8), KEY)
     np.testing.assert_array_equal(state.params["w"], PARAMS["w"])
-    assert metrics["loss"] == 0
+    assert metrics["loss"] == metrics["error_p50"] == 0
 
 
 def test_average_is_warmed_up():

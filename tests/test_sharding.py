@@ -43,11 +43,11 @@ def test_make_mesh_refuses_what_does_not_fit(shape):
 
 
 @pytest.mark.parametrize(("batch", "remedy"), [(12, "use 8 or 16"), (3, "use 8"), (0, "use 8")])
-def test_batch_must_divide(batch, remedy):
+def test_an_uneven_batch_is_named(batch, remedy):
     mesh = sharding.make_mesh()
-    sharding.batch_must_divide(16, mesh)
-    with pytest.raises(ConfigError, match=f"sft.batch_size={batch}: does not split over 8 devices; {remedy}$"):
-        sharding.batch_must_divide(batch, mesh, "sft.batch_size")
+    assert sharding.uneven(16, mesh) == ""
+    wrong = sharding.uneven(batch, mesh, "sft.batch_size")
+    assert wrong == f"sft.batch_size={batch}: does not split over 8 devices; {remedy}"
 
 
 def test_shard_batch_splits_the_first_axis_and_keeps_values():

@@ -62,7 +62,9 @@ def supervise(
         `supervise(student_params, FlowRollout, FlowLabels, key) -> Weighted`, a `Partial`; it uses no randomness.
         Weight is the number of counted steps, those of positive weight. Metrics, per record over the counted steps:
         `reverse_kl` (student || teacher) summed over steps and elements in nats, whatever the weighting;
-        `velocity_error` and `anchor_error`, mean squares per element.
+        `velocity_error` and `anchor_error`, mean squares per element. At the sampled actions, over the noisy ones of
+        these steps: `log_ratio`, teacher - student in nats, with its spread, and `logp_diff`, by how much the student's
+        log-density here and in the sampler differ, per element (float32 rounding, where strictly on-policy).
 
         | case | loss and gradient |
         | --- | --- |
@@ -164,6 +166,7 @@ class _Visit(NamedTuple):
     weights: Float[Array, "T"]
     anchor_loss: Float[Array, "B"]
     metrics: dict[str, Float[Array, "B"]]
+    spread: dict[str, Float[Array, "B T"]]
 
 
 def _analytic(s: _Settings, velocity_fn, student_params, rollout, labels, key) -> Weighted:
@@ -224,13 +227,29 @@ def _visit(s: _Settings, velocity_fn, student_params, rollout, labels, needs_noi
         anchor_error = _error(student, gaussians.counted_only(labels.anchor_velocity, counted))
         anchor_loss = s.anchor_weight * total(weights[None] * anchor_error)
         metrics["anchor_error"] = total(anchor_error) / count
-    metrics = jax.lax.stop_gradient(metrics)
-    return _Visit(rollout, states, student, teacher, counted, weights, anchor_loss, metrics)
+    step_metrics, spread = jax.lax.stop_gradient(_at_the_action(s, rollout, states, student, teacher, counted))
+    metrics = jax.lax.stop_gradient(metrics) | step_metrics
+    return _Visit(rollout, states, student, teacher, counted, weights, anchor_loss, metrics, spread)
+
+
+def _at_the_action(s: _Settings, rollout, states, student, teacher, counted):
+    """What is watched at the state that was sampled next: teacher against student, and student against sampler."""
+    times, levels = rollout.times[0], rollout.levels[0]
+    actions = gaussians.counted_only(rollout.states[:, 1:], counted)
+    mean, std = gaussians.path_transition(s.kind, states, student, times, levels)
+    teacher_mean, _ = gaussians.path_transition(s.kind, states, teacher, times, levels)
+    noisy = (counted & (std > 0))[None]
+    student_logp = gaussians.path_log_density(actions, mean, std)
+    log_ratio = gaussians.path_log_density(actions, teacher_mean, std) - student_logp
+    drift = jnp.abs(student_logp - rollout.logp_sum) / states[0, 0].size
+    mean_of = lambda per_step: jnp.where(noisy, per_step, 0.0).sum(1) / jnp.maximum(noisy.sum(), 1)
+    metrics = {"logp_diff": mean_of(drift), "log_ratio": mean_of(log_ratio)}
+    return metrics, {"log_ratio": jnp.where(noisy, log_ratio, jnp.nan)}
 
 
 def _weighted(v: _Visit, loss: Float[Array, "B T"]) -> Weighted:
     total = jnp.where(v.counted[None], loss, 0.0).sum(1) + v.anchor_loss
-    return Weighted(total, jnp.full_like(total, v.counted.sum()), v.metrics)
+    return Weighted(total, jnp.full_like(total, v.counted.sum()), v.metrics, v.spread)
 
 
 def _error(a: Float[Array, "B T H W C"], b: Float[Array, "B T H W C"]) -> Float[Array, "B T"]:

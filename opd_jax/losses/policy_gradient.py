@@ -27,7 +27,7 @@ class RewardLabels(NamedTuple):
     """What a reward says about a rollout; no gradient."""
 
     advantage: Float[Array, "B"]
-    reference_velocity: Float[Array, "B T H W C"] | None = None  # of the frozen model that the KL holds the student to
+    reference_velocity: Float[Array, "B N H W C"] | None = None  # frozen model's, at the steps that the loss evaluates
     reward: Float[Array, "B"] | None = None  # what the advantage was made of, to be logged
 
 
@@ -103,14 +103,15 @@ def grpo(
         weighting, normalize: of the KL, see `gaussians.step_weights` and `average_one`; the loss per step is in nats
             per element before normalisation, a departure that makes `beta` independent of the schedule.
         window: evaluate the student at this many steps alone, from the first noisy one on (the fast recipe: as
-            many as `sde_window` makes noisy). Noisy steps beyond the window are not counted.
+            many as `sde_window` makes noisy). Noisy steps beyond the window are not counted, and the reference is
+            wanted at these steps only: those of `window_of(rollout, window)`.
 
     Returns:
         `supervise(student_params, rollout, RewardLabels, key) -> Weighted`: weight is the number of counted steps;
         metrics `ratio` and `clip_fraction` are means over them, `reverse_kl` (student || reference) is a sum in nats.
 
     Raises:
-        ValueError: at the call, `beta > 0` without a reference velocity.
+        ValueError: at the call, `beta > 0` without a reference velocity, or one at other steps.
     """
     settings = _Settings(kind, clip, beta, weighting, normalize, window)
     return Partial(functools.partial(_grpo, settings), as_partial(velocity_fn))
@@ -130,7 +131,12 @@ def _grpo(s: _Settings, velocity_fn, student_params, rollout: FlowRollout, label
     if s.beta > 0 and reference is None:
         raise ValueError(f"beta={s.beta} needs a reference: give RewardLabels.reference_velocity, or set beta=0")
     if s.window is not None:
-        rollout, reference = _window(rollout, reference, s.window)
+        rollout = window_of(rollout, s.window)
+    if reference is not None and reference.shape != rollout.noise.shape:
+        raise ValueError(
+            f"reference_velocity {reference.shape} is not of the evaluated steps, {rollout.noise.shape}: "
+            "label the states of window_of(rollout, window)"
+        )
     times, levels = rollout.times[0], rollout.levels[0]
     counted = gaussians.coefficients(s.kind, times[:-1], times[1:], levels).std > 0
     states, actions = (gaussians.counted_only(a, counted) for a in (rollout.states[:, :-1], rollout.states[:, 1:]))
@@ -158,11 +164,11 @@ def _grpo(s: _Settings, velocity_fn, student_params, rollout: FlowRollout, label
     return Weighted(total(loss), jnp.full_like(labels.advantage, count), jax.lax.stop_gradient(metrics))
 
 
-def _window(rollout, reference, size):
-    """The `size` steps of the rollout, and of the reference velocity, from the first noisy one on."""
+def window_of(rollout: FlowRollout, size: int) -> FlowRollout:
+    """The `size` steps of a rollout from its first noisy one on: those that the fast recipe evaluates."""
     start = jnp.argmax(rollout.levels[0] > 0)
     cut = lambda a, n=size: jax.lax.dynamic_slice_in_dim(a, start, n, axis=1)
-    cropped = rollout._replace(
+    return rollout._replace(
         states=cut(rollout.states, size + 1),
         noise=cut(rollout.noise),
         times=cut(rollout.times, size + 1),
@@ -170,4 +176,3 @@ def _window(rollout, reference, size):
         logp=cut(rollout.logp),
         logp_sum=cut(rollout.logp_sum),
     )
-    return cropped, None if reference is None else cut(reference)

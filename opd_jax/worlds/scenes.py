@@ -14,7 +14,7 @@ are sometimes damaged, which is what makes a model pretrained on them mediocre. 
 import functools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -307,11 +307,11 @@ def damage(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(image, -1, 1).astype(np.float32)
 
 
-def web_pair(rng: np.random.Generator, wrong: float, damaged: float) -> tuple[str, np.ndarray]:
-    """A caption and a picture as a crawler finds them: with probability `wrong` one thing in the picture is drawn
-    without regard to the caption, with probability `damaged` the picture is spoilt. Captions are of training."""
+def web_pair(rng: np.random.Generator, wrong: Mapping[Task, float], damaged: float) -> tuple[str, np.ndarray]:
+    """A training caption and a picture as a crawler finds them: with the probability `wrong` of its task one thing is
+    drawn without regard to the caption, with probability `damaged` the picture is spoilt."""
     scene = draw_scene(rng, TASKS[int(rng.integers(len(TASKS)))])
-    image = render(mistake(scene, rng) if rng.random() < wrong else scene, rng)
+    image = render(mistake(scene, rng) if rng.random() < wrong[scene.task] else scene, rng)
     return scene.caption, damage(image, rng) if rng.random() < damaged else image
 
 

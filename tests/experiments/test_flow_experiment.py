@@ -1,27 +1,25 @@
 """The experiment's pieces: shipped weights, stages, routing, and one step on one device and on eight."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from configs import common, flow_opd, scenes_base
 from experiments import flow_methods, scenes, stages
 from experiments import flow_opd as experiment
-from experiments.scenes_base import phase_settings
+from experiments import scenes_base as pretraining
 from opd_jax import optim, rng, sharding
+from opd_jax.checkpoint import load_params
 from opd_jax.config import ConfigError
+from opd_jax.metrics import read_metrics
 from opd_jax.models import lora
 
 NAMES = ("base", *experiment.grpo_parts(flow_opd.get_config()))
 
 
 def about(name):
-    with safe_open(stages.SHIPPED / f"scenes_{name}.safetensors", "np") as file:
-        return file.metadata()
+    return load_params(stages.SHIPPED / f"scenes_{name}.safetensors")[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,20 +27,35 @@ def test_shipped_weights_are_small_whole_and_say_how_they_were_made(name):
     path = stages.SHIPPED / f"scenes_{name}.safetensors"
     assert path.stat().st_size < 8 * 2**20
     made = stages.load(path)
-    assert made.sha256 in json.dumps(about(name))
-    assert name == "base" or (made.seconds > 0 and made.images > 0)
+    assert made.sha256 == about(name)["params_sha256"]
+    assert made.seconds > 0
+    assert name == "base" or made.images > 0
 
 
 def test_shipped_recipes_are_those_of_the_configs():
     """What `default` starts from is what `full` would make: the hashes of the recipes agree."""
     config = flow_opd.get_config()
-    base, recipe = stages.load(stages.SHIPPED / "scenes_base.safetensors"), None
-    for name in (pretraining := scenes_base.get_config()).phases:
-        recipe = stages.recipe_of(phase_settings(pretraining, name), *([recipe] if recipe else []))
-    assert base.recipe == recipe
+    base = stages.load(experiment.SHIPPED_BASE)
+    assert base.recipe == stages.recipe_of(pretraining.settings(scenes_base.get_config()))
     for name, part in experiment.grpo_parts(config).items():
         recipe = stages.recipe_of(experiment.grpo_settings(config, part), base.sha256)
         assert stages.load(experiment.shipped(name)).recipe == recipe, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_of_a_shipped_stage_made_again_have_its_losses(name, tmp_path):
+    """The real settings from the real start, for as many steps as the shipped file remembers."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    if name == "base":
+        config = scenes_base.get_config()
+        pretraining.pretrain(config, tmp_path, tmp_path / "checkpoints", mesh, stages.FIRST)
+    else:
+        config = flow_opd.get_config("full")
+        part = experiment.grpo_parts(config)[name]
+        experiment.Experiment(config, tmp_path, mesh).train_grpo(name, part, tmp_path / "checkpoints", stages.FIRST)
+    losses = [line["loss"] for line in read_metrics(tmp_path, name)]
+    np.testing.assert_allclose(losses, about(name)["first_losses"], rtol=1e-3, atol=1e-6)
 
 
 def test_another_recipe_is_refused(tmp_path):
@@ -129,6 +142,33 @@ def test_the_position_embedding_and_backbone_stay_frozen():
     rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
     method.update(state, rollout, method.label(teachers, rollout), rng.stream(0, "update"))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(velocity.args))
+
+
+def test_flow_grpo_is_held_to_the_base():
+    """At the first update the student is the base, so the KL to it is 0; another student's is not."""
+    _, _, batch, (teachers, _), velocity = pieces(1)
+    config = flow_opd.get_config("tiny")
+    recipe = experiment.grpo_recipe(config, config.teachers.ocr)
+    update, optimizer = flow_methods.grpo_update(velocity, config, recipe)
+    method = flow_methods.grpo_method(velocity, ("quality", "quality"), update, config, recipe)
+    for adapter, held in ((jax.tree.map(jnp.zeros_like, teachers[0]), True), (teachers[0], False)):
+        rollout = method.sample(adapter, batch, rng.stream(0, "sample"))
+        labels = method.label(None, rollout)
+        assert labels.reference_velocity.shape[1] == recipe.window
+        state = optim.init_state(adapter, optimizer)
+        _, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
+        assert (metrics["reverse_kl"] < 1e-6) == held
+        np.testing.assert_allclose(metrics["ratio"], 1, atol=1e-5)
+
+
+def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    config = flow_opd.get_config("tiny").copy_and_resolve_references()
+    experiment.validate(config, mesh)
+    with config.unlocked():
+        config.arms.offline.init = "after_sft"
+    with pytest.raises(ConfigError, match=r"(?m)init='offline' \(arm after_sft\): choose one of merge, base, flow_opd$"):
+        experiment.validate(config, mesh)
 
 
 def test_config_pieces_agree():

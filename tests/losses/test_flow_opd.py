@@ -328,3 +328,32 @@ def test_bad_arguments():
     short = roll(times=jnp.array([1.0, 0.0]), levels=jnp.ones(1))
     with pytest.raises(ValueError, match="path of 1 step"):
         flow_opd.supervise(velocity_fn)(STUDENT, short, label(short), KEY)
+
+
+def test_what_is_watched_at_the_sampled_actions():
+    """The log-ratio against densities written out in float64; and the student is the sampler, up to rounding."""
+    rollout = roll()
+    labels = label(rollout)
+    out = evaluate(flow_opd.supervise(velocity_fn), STUDENT, rollout, labels)
+    student = label(rollout, STUDENT).teacher_velocity
+    times, levels = (np.asarray(a[0], np.float64) for a in (rollout.times, rollout.levels))
+    ratio = np.zeros((B, T - 1))
+    for i in range(T - 1):  # the last step is left out
+        c = gaussians.coefficients("sde", times[i], times[i + 1], levels[i])
+        state, velocity, std = (float(a) for a in c)
+        actions, x = (np.asarray(rollout.states[:, j], np.float64) for j in (i + 1, i))
+        squares = lambda v: ((actions - state * x - velocity * np.asarray(v[:, i], np.float64)) ** 2).sum((1, 2, 3))  # noqa: B023
+        ratio[:, i] = (squares(student) - squares(labels.teacher_velocity)) / (2 * std**2)
+    np.testing.assert_allclose(out.spread["log_ratio"], ratio, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out.metrics["log_ratio"], ratio.mean(1), rtol=1e-4, atol=1e-4)
+    assert (out.metrics["logp_diff"] < 1e-5).all()
+    moved = jax.tree.map(lambda a: a + 0.1, STUDENT)
+    assert (evaluate(flow_opd.supervise(velocity_fn), moved, rollout, labels).metrics["logp_diff"] > 1e-3).all()
+
+
+def test_actions_without_noise_are_not_watched():
+    rollout = roll(levels=jnp.zeros(T))
+    out = evaluate(flow_opd.supervise(velocity_fn, weighting="velocity"), STUDENT, rollout, label(rollout))
+    assert np.isnan(out.spread["log_ratio"]).all()
+    assert (out.metrics["log_ratio"] == 0).all()
+    assert (out.metrics["logp_diff"] == 0).all()

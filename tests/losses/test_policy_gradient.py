@@ -176,7 +176,8 @@ def test_window_equals_all_steps(window):
     labels = RewardLabels(ADVANTAGE, reference(rollout))
     make = functools.partial(policy_gradient.grpo, velocity_fn, beta=0.5, clip=0.03)
     whole = value_and_gradient(make(), MOVED, rollout, labels)
-    part = value_and_gradient(make(window=window), MOVED, rollout, labels)
+    evaluated = policy_gradient.window_of(rollout, window)
+    part = value_and_gradient(make(window=window), MOVED, rollout, RewardLabels(ADVANTAGE, reference(evaluated)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), part, whole)
 
 
@@ -189,6 +190,14 @@ def test_window_evaluates_only_its_steps():
 
     jax.eval_shape(policy_gradient.grpo(counting, window=2), STUDENT, roll(), RewardLabels(ADVANTAGE), KEY)
     assert sizes == [2 * B]
+
+
+def test_a_reference_at_other_steps_is_refused():
+    rollout = roll()
+    with pytest.raises(ValueError, match=r"not of the evaluated steps.*window_of"):
+        policy_gradient.grpo(velocity_fn, beta=0.5, window=2)(
+            STUDENT, rollout, RewardLabels(ADVANTAGE, reference(rollout)), KEY
+        )
 
 
 def test_no_gradient_to_samples_advantages_or_reference():

@@ -73,7 +73,7 @@ def test_splits_are_disjoint_and_hold_out_combinations():
 
 
 def test_a_picture_is_a_function_of_its_seed():
-    one, two = (scenes.web_pair(np.random.default_rng(5), 0.5, 0.5) for _ in range(2))
+    one, two = (scenes.web_pair(np.random.default_rng(5), {"composition": 0.5, "ocr": 0.5}, 0.5) for _ in range(2))
     assert one[0] == two[0]
     np.testing.assert_array_equal(one[1], two[1])
     assert one[1].dtype == np.float32
