@@ -26,27 +26,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "lora": {"pattern": r"(attn|ff|ff_context)/\w+/kernel", "rank": 8, "scale": 2.0},  # scale = alpha / rank
         "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "double_shift": False, "noise_level": 0.7},
         "grpo": {
-            "steps": 150,
+            "method": "awm",  # a picture's likelihood by the loss on it; or "flow_grpo", by the steps that led to it
+            "steps": 100,
             "prompts": 16,
             "group": 12,
-            "learning_rate": 5e-4,
+            "learning_rate": 5e-3,
             "warmup": 5,
-            "clip": 1e-4,
-            "beta": 0.01,  # weight of the KL to the base, in nats per element
-            "window": 3,  # stochastic, trained steps, somewhere in the first half
             "updates": 1,
             "micro_batches": 1,
             "ema_decay": 0.9,
+            "awm": {"draws": 2, "time_center": 0.7, "time_spread": 1.2, "beta": 0.1},  # beta holds to the base
+            "flow_grpo": {
+                "kind": "cps",
+                "noise_level": 0.8,
+                "window": 3,  # stochastic, trained steps, somewhere in the first half
+                "same_start": True,  # a group shares its first noise, so its rewards differ by what is trained alone
+                "balanced": True,  # early steps, which decide what is drawn, count as much as late ones
+                "clip": 1e-4,
+                "beta": 0.01,  # weight of the KL to the base, in nats per element
+            },
         },
         "teachers": {  # name: its prompts, the reward each is judged by, and what it changes in `grpo`
-            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 240},
+            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 150},
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
-            "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality"), "steps": 120},
+            "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality")},
         },
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
-            "steps": 510,  # as many as its three competitors have together
+            "steps": 350,  # as many as its three competitors have together
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
@@ -89,9 +97,8 @@ def _tiny(config: ConfigDict) -> None:
     config.model.num_layers = 1
     config.sampler.steps = 4
     config.lora.rank = 2
-    config.grpo.update({"steps": 2, "prompts": 2, "group": 2, "window": 2})
-    for part in (config.grpo_mix, config.teachers.composition, config.teachers.quality):
-        part.steps = 2
+    config.grpo.update({"steps": 2, "prompts": 2, "group": 2})
+    config.grpo_mix.steps = config.teachers.composition.steps = 2
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
     config.save_every = 1
@@ -119,9 +126,11 @@ def _paper(config: ConfigDict) -> None:
     config.sampler.update(
         {"steps": 10, "shift": 3.0, "double_shift": True, "noise_level": 0.7}
     )  # the first nine steps are trained
-    config.grpo.update({  # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
-        "prompts": 48, "group": 24, "learning_rate": 3e-4, "clip": 1e-4, "beta": 0.04, "window": 9, "updates": 2,
-    })  # fmt: skip
+    # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
+    config.grpo.update({"method": "flow_grpo", "prompts": 48, "group": 24, "learning_rate": 3e-4, "updates": 2})
+    config.grpo.flow_grpo.update(
+        {"kind": "sde", "noise_level": 0.7, "window": 9, "same_start": False, "balanced": False, "beta": 0.04}
+    )
     config.opd.update(
         {
             "group": 24,  # code: 16 in the 8-GPU configuration

@@ -13,7 +13,8 @@ from jax.tree_util import Partial
 
 from experiments.scenes import SHAPE
 from opd_jax import optim, rng
-from opd_jax.losses import flow_matching, flow_opd, policy_gradient
+from opd_jax.losses import advantage_matching, flow_matching, flow_opd, policy_gradient
+from opd_jax.losses.advantage_matching import SampledAgain
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import lora
 from opd_jax.sampling import flow
@@ -51,6 +52,7 @@ class Sampling(NamedTuple):
     noise_level: float
     group: int  # paths for each prompt
     window: int = 0  # this many consecutive steps of the first half are stochastic, the rest an ODE's; 0: all are
+    same_start: bool = False  # all paths of a prompt begin at one noise, and differ by the stochastic steps alone
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,8 +63,11 @@ def _sample_paths(sampling: Sampling, velocity_fn, params, batch, key):
     levels = jnp.full(sampling.steps, sampling.noise_level)
     if sampling.window:
         levels = flow.sde_window(rng.at_step(key, 1), sampling.steps, sampling.window, sampling.noise_level)
-    keys = rng.per_record(rng.at_step(key, 0), count)
-    path = flow.sample(velocity_fn, params, batch["tokens"], keys, SHAPE, times, levels, sampling.kind)
+    keys, start = rng.per_record(rng.at_step(key, 0), count), None
+    if sampling.same_start:
+        prompts = rng.per_record(rng.at_step(key, 2), count // sampling.group)
+        start = jnp.repeat(jax.vmap(lambda k: jax.random.normal(k, SHAPE))(prompts), sampling.group, axis=0)
+    path = flow.sample(velocity_fn, params, batch["tokens"], keys, SHAPE, times, levels, sampling.kind, start)
     return flow.as_rollout(path, batch["tokens"], batch["task"], jnp.arange(count) // sampling.group, times, levels)
 
 
@@ -76,11 +81,22 @@ def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
     return FlowLabels(routed, flow.velocities(anchor, anchor_adapter, rollout.condition, states, times))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _window_velocities(window: int, velocity_fn, rollout):
-    """What the base, which is the student without an adapter, would have done at the steps that Flow-GRPO trains."""
-    part = policy_gradient.window_of(rollout, window)
-    return flow.velocities(velocity_fn, {}, part.condition, part.states[:, :-1], part.times[0, :-1])
+@jax.jit
+def _base_velocities(velocity_fn, rollout):
+    """What the base, which is the student without an adapter, would have done at the states that the update visits."""
+    if isinstance(rollout, SampledAgain):
+        return advantage_matching.copy_velocities(velocity_fn, {}, rollout)
+    return flow.velocities(velocity_fn, {}, rollout.condition, rollout.states[:, :-1], rollout.times[0, :-1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample_again(sampling: Sampling, draws: int, center: float, spread: float, velocity_fn, params, batch, key):
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
+    tokens, count = batch["tokens"], batch["tokens"].shape[0]
+    times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
+    images = flow.generate(velocity_fn, params, tokens, rng.per_record(rng.at_step(key, 0), count), SHAPE, times)
+    group, keys = jnp.arange(count) // sampling.group, rng.per_record(rng.at_step(key, 1), count)
+    return advantage_matching.noised_again(images, tokens, batch["task"], group, keys, draws, center, spread)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,31 +125,40 @@ def opd_method(student: Partial, teachers: Partial, update, config, recipe) -> M
     return Method(sample, label, update)
 
 
-def grpo_update(student: Partial, config, recipe) -> tuple:
-    """Flow-GRPO's update and its optimiser; `beta` weighs the exact KL to the base, in nats per element."""
-    loss = policy_gradient.grpo(
-        student, kind=config.sampler.kind, clip=recipe.clip, window=recipe.window, beta=recipe.beta, normalize=False
-    )
-    return _update(loss, recipe)
+def grpo_update(student: Partial, recipe) -> tuple:
+    """The update of a specialist and its optimiser, by either form of group-relative policy optimisation."""
+    if recipe.method == "awm":
+        return _update(advantage_matching.supervise(student, beta=recipe.awm.beta), recipe)
+    own = {name: recipe.flow_grpo[name] for name in ("kind", "clip", "window", "beta", "balanced")}
+    return _update(policy_gradient.grpo(student, normalize=False, **own), recipe)
 
 
 def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, recipe) -> Method:
-    """Flow-GRPO, the fast recipe: `rewards[task]` judges a record of that task."""
+    """A specialist's method: `rewards[task]` judges a record of that task, against its group."""
 
     def label(_, rollout):
-        images, task = np.asarray(rollout.states[:, -1]), np.asarray(rollout.task)
+        again = isinstance(rollout, SampledAgain)
+        visited = rollout if again else policy_gradient.window_of(rollout, recipe.flow_grpo.window)
+        reference = _base_velocities(student, visited) if recipe[recipe.method].beta > 0 else None
+        images, task = np.asarray(rollout.image if again else rollout.states[:, -1]), np.asarray(rollout.task)
         captions = [scenes.caption_of(tokens) for tokens in np.asarray(rollout.condition)]
         reward = np.zeros(len(captions), np.float32)
         for index, name in enumerate(rewards):
             mine = np.flatnonzero(task == index)
             if mine.size:
                 reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
-        reward = jax.device_put(reward, rollout.task.sharding)
-        advantage = policy_gradient.group_advantages(reward, rollout.group, len(captions) // recipe.group)
-        reference = _window_velocities(recipe.window, student, rollout) if recipe.beta > 0 else None
+        group, sharding = np.asarray(rollout.group), rollout.task.sharding
+        advantage = policy_gradient.group_advantages(reward, group, len(captions) // recipe.group)
+        advantage, reward = jax.device_put((advantage, reward), sharding)
         return RewardLabels(advantage, reference, reward)
 
-    sampling = Sampling(**config.sampler, group=recipe.group, window=recipe.window)
+    if recipe.method == "awm":
+        own = recipe.awm
+        times = own.draws, own.time_center, own.time_spread
+        sampling = Sampling(**config.sampler, group=recipe.group)
+        return Method(functools.partial(_sample_again, sampling, *times, student), label, update)
+    own = {name: recipe.flow_grpo[name] for name in ("kind", "noise_level", "window", "same_start")}
+    sampling = Sampling(**(config.sampler.to_dict() | own), group=recipe.group)
     return Method(functools.partial(_sample_paths, sampling, student), label, update)
 
 

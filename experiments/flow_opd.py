@@ -41,7 +41,9 @@ def validate(config, mesh) -> None:
         check(config.sampler.kind in kinds, f"sampler.kind={config.sampler.kind!r}: choose one of {kinds}")
         steps = config.sampler.steps
         check(steps > 1, f"sampler.steps={steps}: give at least 2, the last is not trained")
-        check(1 <= config.grpo.window <= steps, f"grpo.window={config.grpo.window}: choose 1..{steps}, sampler.steps")
+        methods, window = ("awm", "flow_grpo"), config.grpo.flow_grpo.window
+        check(config.grpo.method in methods, f"grpo.method={config.grpo.method!r}: choose one of {', '.join(methods)}")
+        check(1 <= window <= steps, f"grpo.flow_grpo.window={window}: choose 1..{steps}, sampler.steps")
         for name, part in {**config.teachers, "grpo_mix": config.grpo_mix}.items():
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(TASKS), f"{name}.prompts={part.prompts}: choose of {TASKS}")
@@ -84,7 +86,7 @@ def grpo_recipe(config, part):
     """The settings of one specialist: `config.grpo` with what its part changes."""
     recipe = config.grpo.copy_and_resolve_references()
     with recipe.unlocked():
-        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate", "beta")})
+        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate")})
     return recipe
 
 
@@ -167,9 +169,9 @@ class Experiment:
     def train_grpo(self, stage: str, part, checkpoint_dir, steps: int):
         """The first `steps` updates of `grpo`."""
         config, recipe = self.config, grpo_recipe(self.config, part)
-        shared = f"grpo at {recipe.learning_rate}, {recipe.beta}"  # all that the update depends on
+        shared = f"grpo at {recipe.learning_rate}"  # all that the updates of specialists differ by
         if shared not in self.updates:
-            self.updates[shared] = flow_methods.grpo_update(self.velocity, config, recipe)
+            self.updates[shared] = flow_methods.grpo_update(self.velocity, recipe)
         update, optimizer = self.updates[shared]
         method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
         batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)

@@ -36,6 +36,8 @@ def main(argv) -> None:
     if _RESUME.value and not _WORKDIR.value:
         raise config_lib.ConfigError("--resume needs --workdir=..., the folder of the run to continue")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    # One program at a time on CPU: of two in flight, each can hold the thread that the other's collective waits for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     experiment = importlib.import_module(f"experiments.{config.experiment}")

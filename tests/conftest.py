@@ -10,4 +10,5 @@ import jax
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # as experiments/main.py: collectives can wait for each other
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags

@@ -88,6 +88,7 @@ def grpo(
     weighting: str = "kl",
     normalize: bool = True,
     window: int | None = None,
+    balanced: bool = False,
 ) -> Supervise:
     """The Flow-GRPO loss, `sum_t -min(rho_t A, clip(rho_t) A) + beta w_t mean_D (v_S - v_reference)^2`, per record.
 
@@ -106,6 +107,10 @@ def grpo(
             many as `sde_window` makes noisy). Noisy steps beyond the window are not counted, and the reference is
             wanted at these steps only: those of `window_of(rollout, window)`.
 
+        balanced: weigh the ratio's term of a step by `std / |d mean / d velocity|`. The gradient by the velocity is
+            otherwise larger by the inverse, ten times and more for late steps than for the early ones that decide what
+            is drawn, and Adam takes its scale from the largest. (Ours; others reweigh by noise level for this reason.)
+
     Returns:
         `supervise(student_params, rollout, RewardLabels, key) -> Weighted`: weight is the number of counted steps;
         metrics `ratio` and `clip_fraction` are means over them, `reverse_kl` (student || reference) is a sum in nats.
@@ -113,7 +118,7 @@ def grpo(
     Raises:
         ValueError: at the call, `beta > 0` without a reference velocity, or one at other steps.
     """
-    settings = _Settings(kind, clip, beta, weighting, normalize, window)
+    settings = _Settings(kind, clip, beta, weighting, normalize, window, balanced)
     return Partial(functools.partial(_grpo, settings), as_partial(velocity_fn))
 
 
@@ -124,6 +129,7 @@ class _Settings(NamedTuple):
     weighting: str
     normalize: bool
     window: int | None
+    balanced: bool
 
 
 def _grpo(s: _Settings, velocity_fn, student_params, rollout: FlowRollout, labels: RewardLabels, key) -> Weighted:
@@ -138,13 +144,16 @@ def _grpo(s: _Settings, velocity_fn, student_params, rollout: FlowRollout, label
             "label the states of window_of(rollout, window)"
         )
     times, levels = rollout.times[0], rollout.levels[0]
-    counted = gaussians.coefficients(s.kind, times[:-1], times[1:], levels).std > 0
+    step = gaussians.coefficients(s.kind, times[:-1], times[1:], levels)
+    counted = step.std > 0
     states, actions = (gaussians.counted_only(a, counted) for a in (rollout.states[:, :-1], rollout.states[:, 1:]))
     student = velocities(velocity_fn, student_params, rollout.condition, states, times[:-1])
     mean, std = gaussians.path_transition(s.kind, states, student, times, levels)
     logp = gaussians.path_log_density(actions, mean, std) / states[0, 0].size
     ratio = jnp.exp(logp - gaussians.counted_only(rollout.logp, counted))
     loss = clipped_surrogate(ratio, jnp.broadcast_to(labels.advantage[:, None], ratio.shape), s.clip)
+    if s.balanced:
+        loss = loss * jnp.where(step.velocity != 0, step.std / jnp.abs(step.velocity), 0.0)[None]
 
     count = counted.sum().astype(jnp.float32)
     total = lambda per_step: jnp.where(counted[None], per_step, 0.0).sum(1)

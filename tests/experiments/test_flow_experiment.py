@@ -144,21 +144,29 @@ def test_the_position_embedding_and_backbone_stay_frozen():
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(velocity.args))
 
 
-def test_flow_grpo_is_held_to_the_base():
-    """At the first update the student is the base, so the KL to it is 0; another student's is not."""
+@pytest.mark.parametrize("form", ["awm", "flow_grpo"])
+def test_a_specialist_is_held_to_the_base(form):
+    """At the first update the student is the base, so it is as far as 0 from it; another student is not."""
     _, _, batch, (teachers, _), velocity = pieces(1)
-    config = flow_opd.get_config("tiny")
+    config = flow_opd.get_config("tiny").copy_and_resolve_references()
+    with config.unlocked():
+        config.grpo.method = form
     recipe = experiment.grpo_recipe(config, config.teachers.ocr)
-    update, optimizer = flow_methods.grpo_update(velocity, config, recipe)
+    update, optimizer = flow_methods.grpo_update(velocity, recipe)
     method = flow_methods.grpo_method(velocity, ("quality", "quality"), update, config, recipe)
     for adapter, held in ((jax.tree.map(jnp.zeros_like, teachers[0]), True), (teachers[0], False)):
         rollout = method.sample(adapter, batch, rng.stream(0, "sample"))
         labels = method.label(None, rollout)
-        assert labels.reference_velocity.shape[1] == recipe.window
         state = optim.init_state(adapter, optimizer)
         _, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
-        assert (metrics["reverse_kl"] < 1e-6) == held
-        np.testing.assert_allclose(metrics["ratio"], 1, atol=1e-5)
+        distance = metrics["reference_error" if form == "awm" else "reverse_kl"]
+        assert (distance < 1e-6) == held
+        if form == "flow_grpo":
+            assert labels.reference_velocity.shape[1] == recipe.flow_grpo.window
+            np.testing.assert_allclose(metrics["ratio"], 1, atol=1e-5)
+            start = np.asarray(rollout.states[:, 0]).reshape(-1, recipe.group, *rollout.states.shape[2:])
+            assert (start == start[:, :1]).all(), "a group begins at one noise"
+            assert len(np.unique(start[:, 0, 0, 0, 0])) == len(start), "another group at another"
 
 
 def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
@@ -167,7 +175,9 @@ def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
     experiment.validate(config, mesh)
     with config.unlocked():
         config.arms.offline.init = "after_sft"
-    with pytest.raises(ConfigError, match=r"(?m)init='offline' \(arm after_sft\): choose one of merge, base, flow_opd$"):
+    with pytest.raises(
+        ConfigError, match=r"(?m)init='offline' \(arm after_sft\): choose one of merge, base, flow_opd$"
+    ):
         experiment.validate(config, mesh)
 
 

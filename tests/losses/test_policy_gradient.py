@@ -200,6 +200,22 @@ def test_a_reference_at_other_steps_is_refused():
         )
 
 
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_balanced_steps_have_the_same_gradient_by_the_velocity(kind):
+    """Whatever its noise level and time: the advantage times the draw (negated, as d mean / d velocity is negative)."""
+
+    def shift(params, x, t, condition):
+        return jnp.full_like(x, params["v"])
+
+    params, condition = {"v": jnp.float32(0.3)}, jnp.zeros((B, 1))
+    path = flow.sample(shift, params, condition, per_record(KEY, B), SHAPE, TIMES, LEVELS, kind)
+    rollout = flow.as_rollout(path, condition, jnp.arange(B), jnp.arange(B) // 2, TIMES, LEVELS)
+    loss = policy_gradient.grpo(shift, kind=kind, clip=0.1, balanced=True)
+    gradient = jax.grad(lambda p: loss(p, rollout, RewardLabels(ADVANTAGE), KEY).total.sum())(params)
+    draws = np.asarray(rollout.noise, np.float64).mean((2, 3, 4))[:, np.asarray(LEVELS) > 0]
+    np.testing.assert_allclose(gradient["v"], (np.asarray(ADVANTAGE)[:, None] * draws).sum(), rtol=1e-3)
+
+
 def test_no_gradient_to_samples_advantages_or_reference():
     rollout, loss = roll(), policy_gradient.grpo(velocity_fn, beta=0.5)
 
