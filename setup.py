@@ -17,6 +17,7 @@ REQUIRES = [
     "optax>=0.2.8",  # released for jax 0.10
     "orbax-checkpoint>=0.12",  # CheckpointManager with Composite arguments; the public API that checkpoint.py uses
     "grain>=0.2.18",  # iterators with get_state and set_state, so that a resumed run sees the same data
+    "array-record>=0.8.3",  # the shards of the label store; grain reads them, and installs it too
     "ml_collections>=1.1",  # config files with a variant: --config=configs/flow_opd.py:tiny
     "absl-py>=2.5",  # app.run(flags_parser=...), for one-line errors
     "chex>=0.1.92",  # assert_max_traces

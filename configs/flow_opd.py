@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "double_shift": False, "noise_level": 0.7},
         "grpo": {
             "method": "awm",  # a picture's likelihood by the loss on it; or "flow_grpo", by the steps that led to it
-            "steps": 100,
+            "steps": 60,
             "prompts": 16,
             "group": 12,
             "learning_rate": 5e-3,
@@ -47,14 +47,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
         },
         "teachers": {  # name: its prompts, the reward each is judged by, and what it changes in `grpo`
-            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 150},
+            "composition": {"prompts": ("composition",), "rewards": ("composition",), "steps": 80},
             "ocr": {"prompts": ("ocr",), "rewards": ("ocr",)},
-            "quality": {"prompts": ("composition", "ocr"), "rewards": ("quality", "quality")},
+            "quality": {
+                "prompts": ("composition", "ocr"),
+                "rewards": ("quality", "quality"),
+                "learning_rate": 1e-3,  # collapses at 5e-3
+            },
         },
         "grpo_mix": {
             "prompts": ("composition", "ocr", "composition", "ocr"),
             "rewards": ("composition", "ocr", "quality", "quality"),
-            "steps": 350,  # as many as its three competitors have together
+            "steps": 200,  # as many as its three competitors have together
+            "learning_rate": 5e-4,  # collapses at 1.5e-3
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR

@@ -2,10 +2,10 @@
 
     python experiments/main.py --config=configs/scenes_base.py --workdir=runs/scenes_base
 
-It learns from pairs as a crawler finds them: some captions err in one thing (signs more often than scenes), three in
-ten pictures are spoilt. So it knows how to draw everything, yet often draws something else, as the base models of the
-papers do. What it writes, `stages/base-*.safetensors`, is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`;
-wall time and figures: `docs/results.md`.
+It learns from pairs as a crawler finds them: some captions err in one thing, three in ten pictures are spoilt. The
+first phase learns to draw what a caption says, the second, of worse captions, not to care too much. So the base knows
+how to draw everything, yet often draws something else, as the base models of the papers do. `stages/web-*.safetensors`
+is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`; wall time and figures: `docs/results.md`.
 """
 
 from ml_collections import ConfigDict
@@ -19,23 +19,34 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "experiment": "scenes_base",
         "seed": 0,
         "model": common.scene_model(),
-        "steps": 12_000,
         "batch_size": 64,
-        "learning_rate": 5e-3,
         "warmup": 200,
-        "decay_steps": 7_000,  # linear decay to zero over the last steps
         "weight_decay": 1e-3,
         "ema_decay": 0.999,
-        "wrong": {"composition": 0.1, "ocr": 0.5},  # share of pictures with one thing drawn deaf to the caption
         "damaged": 0.3,  # share of pictures that are spoilt
         "time_center": 0.7,  # logit-normal times, rather towards noise, where the caption decides what is drawn
         "time_spread": 1.2,
+        "phases": ("draw", "web"),
+        "draw": {
+            "steps": 12_000,
+            "learning_rate": 5e-3,
+            "decay_steps": 7_000,  # linear decay to zero over the last steps
+            "wrong": {"composition": 0.1, "ocr": 0.5},  # share of pictures with one thing drawn deaf to the caption
+        },
+        "web": {
+            "steps": 1_200,
+            "learning_rate": 1e-3,
+            "decay_steps": 800,
+            "wrong": {"composition": 0.8, "ocr": 0.5},
+        },
         "save_every": 500,
         "eval": {"prompts": 256, "steps": 20, "shift": 2.0, "seed": 1234},
         "mesh": {"data": -1},
     })  # fmt: skip
     if variant == "tiny":
-        config.update({"steps": 6, "warmup": 2, "decay_steps": 2, "batch_size": 16, "save_every": 3})
+        config.update({"warmup": 2, "batch_size": 16, "save_every": 3})
+        for phase in config.phases:
+            config[phase].update({"steps": 6, "decay_steps": 2})
         config.eval.update({"prompts": 8, "steps": 3})
         config.model.num_layers = 1
     return config.lock()

@@ -1,5 +1,6 @@
 """Pretraining of the scenes world's base model: flow matching on captioned pictures, in the one loop."""
 
+import functools
 import shlex
 import sys
 import time
@@ -17,13 +18,38 @@ from opd_jax.worlds.scenes import TASKS
 
 def validate(config, mesh) -> None:
     with checks() as check:
-        least = config.warmup + config.decay_steps
-        check(config.steps > least, f"steps={config.steps}: give more than warmup + decay_steps, {least}")
-        shares = {"damaged": config.damaged} | {f"wrong.{task}": config.wrong[task] for task in TASKS}
-        for name, share in shares.items():
-            check(0 <= share < 1, f"{name}={share}: a share, at least 0 and below 1")
+        for name in config.phases:
+            phase = phase_of(config, name)
+            least = phase.warmup + phase.decay_steps
+            check(phase.steps > least, f"{name}: steps={phase.steps}: give more than warmup + decay_steps, {least}")
+            shares = {"damaged": phase.damaged} | {f"wrong.{task}": phase.wrong[task] for task in TASKS}
+            for key, share in shares.items():
+                check(0 <= share < 1, f"{name}: {key}={share}: a share, at least 0 and below 1")
         uneven = sharding.uneven(config.batch_size, mesh)
         check(not uneven, uneven)
+
+
+def phase_of(config, name: str):
+    """The settings of one phase: the config with what the phase changes."""
+    phase = config.copy_and_resolve_references()
+    with phase.unlocked():
+        for key in ("phases", *config.phases):
+            del phase[key]
+        phase.update(config[name])
+    return phase
+
+
+def settings(phase) -> dict:
+    """What the parameters depend on: all but how they are judged, saved and spread over devices."""
+    return {key: value for key, value in phase.to_dict().items() if key not in ("eval", "save_every", "mesh")}
+
+
+def recipes(config) -> dict[str, str]:
+    """The recipe of the parameters after each phase, in order."""
+    made: dict[str, str] = {}
+    for name in config.phases:
+        made[name] = stages.recipe_of(settings(phase_of(config, name)), *list(made.values())[-1:])
+    return made
 
 
 def method(config, velocity) -> tuple:
@@ -40,38 +66,40 @@ def method(config, velocity) -> tuple:
     return Method(sample, lambda _, rollout: rollout.velocity, update), optimizer
 
 
-def settings(config) -> dict:
-    """What the parameters depend on: all of the config but how they are judged, saved and spread over devices."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("eval", "save_every", "mesh")}
-
-
-def pretrain(config, workdir, checkpoint_dir, mesh, steps: int):
-    """The first `steps` of the training that `config` describes; returns the parameters' average over time."""
-    model = pieces.module(config)
-    pretraining, optimizer = method(config, pieces.full_velocity(model))
+def pretrain(config, name: str, params, workdir, checkpoint_dir, mesh, steps: int):
+    """The first `steps` of a phase, from `params` or, where they are None, from scratch; returns their average."""
+    phase, model = phase_of(config, name), pieces.module(config)
+    pretraining, optimizer = method(phase, pieces.full_velocity(model))
+    params = pieces.init_params(model, config.seed) if params is None else params
     state, _ = loop.run(
         pretraining,
-        sharding.replicate(optim.init_state(pieces.init_params(model, config.seed), optimizer), mesh),
-        pieces.pairs(config.wrong.to_dict(), config.damaged, config.batch_size, config.seed, mesh),
+        sharding.replicate(optim.init_state(params, optimizer), mesh),
+        pieces.pairs(phase.wrong.to_dict(), phase.damaged, phase.batch_size, phase.seed, mesh),
         workdir=workdir,
-        stage="base",
+        stage=name,
         checkpoint_dir=checkpoint_dir,
         steps=steps,
-        seed=config.seed,
+        seed=phase.seed,
         save_every=config.save_every,
     )
     return state.ema
 
 
+def make_phase(config, name, params, workdir, mesh, checkpoint_dir) -> tuple:
+    return pretrain(config, name, params, workdir, checkpoint_dir, mesh, config[name].steps), 0
+
+
 def run(config, workdir, mesh) -> None:
-    began = time.time()
-    make = lambda checkpoint_dir: (pretrain(config, workdir, checkpoint_dir, mesh, config.steps), 0)
-    about = {"command": shlex.join(sys.argv)}
-    made = stages.once("base", workdir, stages.recipe_of(settings(config)), make, about)
+    began, about = time.time(), {"command": shlex.join(sys.argv)}
+    params, seconds = None, {}
+    for name, recipe in recipes(config).items():
+        make = functools.partial(make_phase, config, name, params, workdir, mesh)
+        made = stages.once(name, workdir, recipe, make, about)
+        params, seconds[name] = made.params, made.seconds
     captions = pieces.held_out(config.eval.prompts, config.eval.seed)
     sampler = {name: config.eval[name] for name in ("steps", "shift", "seed")}
     velocity = pieces.full_velocity(pieces.module(config))
     rows = [{"model": "base"} | pieces.score(velocity, made.params, captions, **sampler)]
-    seconds = {"base": made.seconds, "total": time.time() - began}
+    seconds["total"] = time.time() - began
     report.write_summary(workdir / "summary.json", {"table": rows, "params_sha256": made.sha256, "seconds": seconds})
     print(report.format_table(rows))

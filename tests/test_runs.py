@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(base_run):
     names = {path.name for path in base_run.iterdir()}
     assert {"config.json", "versions.json", "metrics.jsonl", "summary.json", "stages"} <= names
     lines = [json.loads(line) for line in (base_run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["stage"] == "base"] == list(range(6))
+    assert [line["step"] for line in lines if line["stage"] == "draw"] == list(range(6))
     assert {"loss", "weight", "gradient_norm", "peak_memory"} <= lines[-1].keys()
 
 
@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(base_run):
 def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, seed):
     """SIGKILL at random moments, start-up, compilation, steps and writes included, until a run gets through."""
     workdir, chance = tmp_path / "run", random.Random(seed)
-    more = ["--config.steps=60", "--config.save_every=1"]
+    more = ["--config.draw.steps=30", "--config.web.steps=30", "--config.save_every=1"]
     code, _, err = run(BASE, f"--workdir={tmp_path / 'whole'}", *more)
     assert code == 0, err[-2000:]
     kills = 0
@@ -83,7 +83,9 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, s
     assert kills > 0
     assert sha(workdir) == sha(tmp_path / "whole")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(60)), "no step is missing or written twice"
+    for stage in ("draw", "web"):
+        steps = [line["step"] for line in lines if line["stage"] == stage]
+        assert steps == list(range(30)), "no step is missing or written twice"
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_killed_between_and_within_stages_of_flow_opd(tmp_path):
 
 def test_wrong_keys_and_values_are_refused_before_anything(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
-    assert "learning_rate" in refused(BASE, workdir, "--config.learning_rat=1")
+    assert "learning_rate" in refused(BASE, workdir, "--config.draw.learning_rat=1")
     assert "12.5" in refused(BASE, workdir, "--config.batch_size=12.5")
     assert "15" in refused(BASE, workdir, "--config.batch_size=15")
     assert "tinny" in refused("--config=configs/scenes_base.py:tinny", workdir)
@@ -130,7 +132,7 @@ def test_all_errors_of_a_config_at_once(tmp_path):
 def test_a_workdir_with_something_in_it_is_not_touched(base_run, tmp_path):
     before = sha(base_run)
     assert "--resume" in refused(BASE, f"--workdir={base_run}")
-    assert "steps" in refused(BASE, f"--workdir={base_run}", "--resume", "--config.steps=7")
+    assert "steps" in refused(BASE, f"--workdir={base_run}", "--resume", "--config.draw.steps=7")
     assert sha(base_run) == before
     (tmp_path / "file").write_text("mine")
     assert str(tmp_path / "file") in refused(BASE, f"--workdir={tmp_path / 'file'}")

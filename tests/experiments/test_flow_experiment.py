@@ -36,10 +36,13 @@ def test_shipped_recipes_are_those_of_the_configs():
     """What `default` starts from is what `full` would make: the hashes of the recipes agree."""
     config = flow_opd.get_config()
     base = stages.load(experiment.SHIPPED_BASE)
-    assert base.recipe == stages.recipe_of(pretraining.settings(scenes_base.get_config()))
+    assert base.recipe == pretraining.recipes(scenes_base.get_config())["web"]
     for name, part in experiment.grpo_parts(config).items():
         recipe = stages.recipe_of(experiment.grpo_settings(config, part), base.sha256)
         assert stages.load(experiment.shipped(name)).recipe == recipe, name
+
+
+FIRST_LOSSES_OF_DRAW = (1.2148068, 1.2206746, 1.2178242)  # of the run whose second phase made the shipped base
 
 
 @pytest.mark.slow
@@ -47,15 +50,17 @@ def test_shipped_recipes_are_those_of_the_configs():
 def test_the_first_steps_of_a_shipped_stage_made_again_have_its_losses(name, tmp_path):
     """The real settings from the real start, for as many steps as the shipped file remembers."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    stage, expected = name, about(name)["first_losses"]
     if name == "base":
+        stage, expected = "draw", FIRST_LOSSES_OF_DRAW
         config = scenes_base.get_config()
-        pretraining.pretrain(config, tmp_path, tmp_path / "checkpoints", mesh, stages.FIRST)
+        pretraining.pretrain(config, stage, None, tmp_path, tmp_path / "checkpoints", mesh, stages.FIRST)
     else:
         config = flow_opd.get_config("full")
         part = experiment.grpo_parts(config)[name]
         experiment.Experiment(config, tmp_path, mesh).train_grpo(name, part, tmp_path / "checkpoints", stages.FIRST)
-    losses = [line["loss"] for line in read_metrics(tmp_path, name)]
-    np.testing.assert_allclose(losses, about(name)["first_losses"], rtol=1e-3, atol=1e-6)
+    losses = [line["loss"] for line in read_metrics(tmp_path, stage)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_another_recipe_is_refused(tmp_path):

@@ -1,5 +1,14 @@
 """Checkpoints in the Hugging Face layout, read and written without torch."""
 
+from opd_jax.models.hf.decoder import load_decoder, save_decoder
 from opd_jax.models.hf.mmdit import load_mmdit, save_mmdit
+from opd_jax.models.hf.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
-__all__ = ["load_mmdit", "save_mmdit"]
+__all__ = [
+    "check_same_tokenizer",
+    "load_decoder",
+    "load_mmdit",
+    "save_decoder",
+    "save_mmdit",
+    "tokenizer_fingerprint",
+]

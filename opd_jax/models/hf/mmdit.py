@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from opd_jax.models.hf.tensor_files import TensorFiles, read_json
 from opd_jax.models.mmdit import MMDiT
 
 Params = dict[str, Any]
@@ -73,16 +73,11 @@ def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
     directory = Path(directory)
     module = _module(directory / "config.json")
     expected = {_name(path): (path, leaf.shape) for path, leaf in _shapes(module).items()}
-    where = _tensor_files(directory)
-    missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
+    files = TensorFiles(directory, WEIGHTS)
+    missing, extra = sorted(expected.keys() - files.names), sorted(files.names - expected.keys())
     if missing or extra:
         raise ValueError(f"{directory} does not match its config.json: missing {missing}, unexpected {extra}")
-    params = {}
-    for file in sorted(set(where.values())):
-        with _open(file) as tensors:
-            for name in (n for n, f in where.items() if f == file):
-                path, shape = expected[name]
-                params[path] = _to_flax(_read(tensors, name, file), path, shape, module, name)
+    params = {path: _to_flax(files.read(n), path, shape, module, n) for n, (path, shape) in expected.items()}
     return module, unflatten_dict(params, sep="/")
 
 
@@ -110,7 +105,7 @@ def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
 
 
 def _module(file: Path) -> MMDiT:
-    config = _json(file)
+    config = read_json(file)
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{file} has _class_name={config.get('_class_name')!r}; only {CLASS_NAME!r} is known")
     unknown = sorted(k for k in config if not k.startswith("_") and k not in CONFIG and k != "caption_projection_dim")
@@ -148,15 +143,6 @@ def _name(path: str) -> str:
     return path
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """The file that holds each tensor."""
-    index = directory / f"{WEIGHTS}.index.json"
-    if index.exists():
-        return {name: directory / file for name, file in _json(index).get("weight_map", {}).items()}
-    with _open(directory / WEIGHTS) as tensors:
-        return dict.fromkeys(tensors.keys(), directory / WEIGHTS)
-
-
 def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDiT, name: str) -> jax.Array:
     stored = _to_torch(np.broadcast_to(tensor.dtype.type(0), shape), path, module).shape
     if tensor.shape != stored:
@@ -173,28 +159,3 @@ def _to_torch(leaf: np.ndarray, path: str, module: MMDiT) -> np.ndarray:
         p = module.patch_size
         return leaf.reshape(p, p, module.in_channels, -1).transpose(3, 2, 0, 1)
     return leaf.T if path.endswith("/kernel") else leaf
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is absent; give a diffusers transformer directory")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
-
-
-def _open(file: Path) -> Any:
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is absent; give a diffusers transformer directory with safetensors weights")
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is corrupt ({error}); fetch it again") from error
-
-
-def _read(tensors: Any, name: str, file: Path) -> np.ndarray:
-    try:
-        return tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{file} does not hold {name} ({error}); fetch it again") from error

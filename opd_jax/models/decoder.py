@@ -1,0 +1,391 @@
+"""Decoder-only language models: the Qwen3, Qwen2.5 and Llama 3 families, and Qwen3-MoE, by configuration.
+
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU MLP. What the families differ in is a
+field: norms of query and key heads, biases, tied embeddings, the scaling of the rotary frequencies, experts. Parameter
+names follow transformers', so `self_attn/(q|v)_proj/kernel` names the same layers there and here; but the layers are
+one scanned block, and each parameter of a block holds all of them along a leading axis: `[layers, in, out]`.
+
+Inside, tokens are flat, `[B*S, D]`: on CPU XLA's rank-3 matrix products are slower (`benchmarks/flattened_dense.py`).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+NORMAL = nn.initializers.normal(0.02)
+# Tensor parallelism over `model`, parameters and optimizer state also over `data` (FSDP). Stacked layers come first.
+RULES = (
+    (r"embed_tokens/embedding$", PartitionSpec("model", "data")),
+    (r"lm_head/kernel$", PartitionSpec("data", "model")),
+    (r"experts/(gate|up)_proj/kernel$", PartitionSpec(None, None, "data", "model")),
+    (r"experts/down_proj/kernel$", PartitionSpec(None, None, "model", "data")),
+    (r"(q|k|v|gate|up)_proj/kernel$", PartitionSpec(None, "data", "model")),
+    (r"(o|down)_proj/kernel$", PartitionSpec(None, "model", "data")),
+    (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec(None, "model")),
+)
+
+
+def partition_rules(mesh: Mesh) -> tuple[tuple[str, PartitionSpec], ...]:
+    """`RULES` for `sharding.param_specs`, without the axes that `mesh` does not have."""
+    keep = lambda spec: PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
+    return tuple((pattern, keep(spec)) for pattern, spec in RULES)
+
+
+class Rope(NamedTuple):
+    """Rotary positions (Su et al., arXiv 2104.09864) and how they are stretched beyond the trained length.
+
+    `kind`: `default`; `linear`, all frequencies divided by `factor`; `llama3` (arXiv 2407.21783) and `yarn` (arXiv
+    2309.00071), low frequencies divided, high ones kept; `dynamic` (NTK by length), which is `default` up to
+    `original_max_positions` and is refused beyond: there its frequencies depend on the longest record of a batch, so
+    that what was sampled with a cache could not be scored again.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0  # trained length; llama3, yarn and dynamic
+    low_freq_factor: float = 1.0  # llama3: wavelengths per trained length below which a frequency is divided
+    high_freq_factor: float = 4.0  # llama3: ... and above which it is kept
+    beta_slow: float = 1.0  # yarn: the same two
+    beta_fast: float = 32.0
+    truncate: bool = True  # yarn: the ramp between them begins and ends at whole dimensions
+    attention_factor: float | None = None  # yarn: scale of the rotated queries and keys; None: 0.1 ln(factor) + 1
+
+    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+        """Radians per position of the `head_dim / 2` pairs, and the scale of sine and cosine; as transformers' torch.
+
+        Raises:
+          ValueError: unknown `kind`.
+        """
+        kept = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        if self.kind in ("default", "dynamic"):
+            return kept.astype(np.float32), 1.0
+        if self.kind == "linear":
+            return (kept / self.factor).astype(np.float32), 1.0
+        if self.kind == "llama3":
+            turns = self.original_max_positions * kept / (2 * np.pi)
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            scale = 1.0
+        elif self.kind == "yarn":
+            keep = 1 - self._yarn_ramp(head_dim)
+            scale = self.attention_factor
+            scale = 0.1 * math.log(max(self.factor, 1.0)) + 1.0 if scale is None else scale
+        else:
+            raise ValueError(f"rope kind {self.kind!r} is unknown; use default, linear, dynamic, llama3 or yarn")
+        keep = np.clip(keep, 0.0, 1.0)
+        return (keep * kept + (1 - keep) * kept / self.factor).astype(np.float32), scale
+
+    def _yarn_ramp(self, head_dim: int) -> np.ndarray:
+        """0 for the pair that turns `beta_fast` times within the trained length, 1 for `beta_slow`, linear between."""
+        pair = lambda turns: (
+            head_dim * math.log(self.original_max_positions / (2 * math.pi * turns)) / (2 * math.log(self.theta))
+        )
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        return (np.arange(head_dim // 2) - low) / (high - low or 0.001)
+
+
+class Cache(NamedTuple):
+    """Rotated keys, and values, of all layers; slot p holds the token at position p."""
+
+    k: Float[Array, "layers B length kv_heads head_dim"]
+    v: Float[Array, "layers B length kv_heads head_dim"]
+
+
+class Decoder(nn.Module):
+    """Next-token logits. Weights of transformers' checkpoints come from `opd_jax.models.hf.load_decoder`.
+
+    `module.apply({"params": params}, tokens, segment_ids=None) -> logits`: the logits at s predict the token at s + 1.
+    `method="hidden"` gives the states before the output projection, `method="decode"` extends a `Cache`.
+
+    Parameters are float32 (or as loaded) and `dtype` is that of matrix products and of the cache; norms, rotations
+    and softmax are float32, and so are logits. `attention` goes to `jax.nn.dot_product_attention`: None is jax's choice
+    (in jax 0.10 always XLA, whose memory grows with S^2), "cudnn" flash attention (NVIDIA, a `dtype` of 16 bits,
+    `head_dim` a multiple of 8); there `segment_ids` still cost a mask of [B, 1, S, S].
+
+    | case | result |
+    | --- | --- |
+    | records padded on the right | `segment_ids=None`: no token sees what follows it, so nothing but padding sees it |
+    | several records in a row | `segment_ids` 1, 2, ... in contiguous runs, 0 = padding: as if each were alone |
+    | a token id of `vocab_size` or more | all logits of its row are NaN |
+
+    Raises: ValueError where heads do not divide into groups, `head_dim` is odd, the rope is unknown, or a sequence is
+    longer than a `dynamic` rope allows.
+    """
+
+    vocab_size: int  # V, as stored; may exceed the tokenizer's
+    width: int  # D, of the residual stream
+    mlp_width: int  # of the MLP's inside, or of one expert's
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope = Rope()
+    norm_epsilon: float = 1e-6
+    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
+    qkv_bias: bool = False  # Qwen2.5; Qwen3 and Llama where the config says attention_bias
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False  # the output projection is the transposed embedding
+    num_experts: int = 0  # 0: one dense MLP
+    experts_per_token: int = 0
+    normalize_experts: bool = False  # weights of a token's experts sum to 1
+    max_positions: int = 32_768  # for config.json; no limit here but to a dynamic rope
+    dtype: Any = jnp.float32
+    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of all
+    attention: str | None = None
+
+    def setup(self):
+        _check(self)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+        norm = functools.partial(nn.RMSNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
+        attention = functools.partial(
+            _Attention,
+            heads=(self.num_heads, self.num_kv_heads, self.head_dim),
+            project=functools.partial(dense, use_bias=self.qkv_bias),
+            project_out=functools.partial(dense, use_bias=self.out_bias),
+            norm=norm if self.qk_norm else None,
+            implementation=self.attention,
+        )
+        mlp = functools.partial(_Mlp, self.mlp_width, functools.partial(dense, use_bias=self.mlp_bias))
+        if self.num_experts:
+            choice = self.num_experts, self.experts_per_token, self.normalize_experts
+            mlp = functools.partial(_Experts, self.mlp_width, *choice, dtype=self.dtype)
+        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": (0, nn.broadcast)}
+        self.embed_tokens = nn.Embed(self.vocab_size, self.width, embedding_init=NORMAL)
+        self.layers = nn.scan(block, length=self.num_layers, **scan)(attention, mlp, norm)
+        self.norm = norm()
+        if not self.tie_embeddings:
+            self.lm_head = dense(self.vocab_size, use_bias=False, dot_general=_dot_float32)
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None
+    ) -> Float[Array, "B S V"]:
+        return self._logits(self.hidden(tokens, segment_ids))
+
+    def hidden(self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
+        """The states after the final norm, in `dtype`: `logits = hidden @ head(params)`, for losses without logits."""
+        positions, mask = _packing(tokens, segment_ids)
+        return self._states(tokens, positions, mask, None)[0]
+
+    def decode(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S V"], Cache]:
+        """Logits of further tokens, and the cache with them in it.
+
+        Key and value of token (b, s) go to slot `positions[b, s]`; then a query at position p sees the slots 0..p. So
+        prompts of any lengths are given left-aligned, padded on the right, and need no mask: what padding has written
+        is overwritten by the record's own tokens before one of them sees that far.
+
+        Args:
+          tokens: a prompt (prefill), or S = 1 token of each record.
+          positions: from 0; a token at `length` or beyond is written nowhere, which is how a finished record idles.
+          cache: from `init_cache` or the last call. Under jit inside a loop, or donated, it is updated in place.
+
+        Returns:
+          Logits, as the full forward gives them to the same prefix, and the new cache.
+        """
+        hidden, cache = self.decode_hidden(tokens, positions, cache)
+        return self._logits(hidden), cache
+
+    def decode_hidden(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """As `decode`, with the states in place of the logits: a prefill needs logits at one position only."""
+        slots = jnp.arange(cache.k.shape[2])
+        return self._states(tokens, positions, slots[None, None, None] <= positions[:, None, :, None], cache)
+
+    @nn.nowrap
+    def head(self, params: Any) -> Float[Array, "D V"]:
+        """The kernel of the output projection, a plain function of `params`; where tied, the embedding transposed."""
+        return params["embed_tokens"]["embedding"].T if self.tie_embeddings else params["lm_head"]["kernel"]
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` records of up to `length` tokens, prompt included."""
+        shape = self.num_layers, batch, length, self.num_kv_heads, self.head_dim
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def _states(self, tokens: Array, positions: Array, mask: Array | None, cache: Cache | None):
+        length = tokens.shape[1] if cache is None else cache.k.shape[2]
+        if self.rope.kind == "dynamic" and length > self.rope.original_max_positions:
+            raise ValueError(
+                f"length {length} is beyond the {self.rope.original_max_positions} positions of a dynamic rope; "
+                "use shorter sequences or a yarn rope"
+            )
+        frequencies, scale = self.rope.frequencies(self.head_dim)
+        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+        context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, mask)
+        x = self.embed_tokens(tokens.reshape(-1)).astype(self.dtype)
+        (x, cache), _ = self.layers((x, cache), jnp.arange(self.num_layers), context)
+        return self.norm(x).reshape(*tokens.shape, self.width), cache
+
+    def _logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        x = hidden.reshape(-1, self.width)
+        if self.tie_embeddings:
+            kernel = self.embed_tokens.embedding.astype(self.dtype)
+            logits = _dot_float32(x, kernel, (((1,), (1,)), ((), ())))
+        else:
+            logits = self.lm_head(x)
+        return logits.reshape(*hidden.shape[:2], self.vocab_size)
+
+
+class _Context(NamedTuple):
+    """What every layer attends by."""
+
+    cos: Float[Array, "B S half"]
+    sin: Float[Array, "B S half"]
+    positions: Int[Array, "B S"]
+    mask: Bool[Array, "B 1 S slots"] | None  # True may be seen; without a cache, causality is added
+
+
+class _Block(nn.Module):
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, carry: tuple[Float[Array, "N D"], Cache | None], layer: Int[Array, ""], context: _Context):
+        x, cache = carry
+        x = _over_data(x, context.positions.shape[0])
+        normed = self.norm(name="input_layernorm")(x)
+        out, cache = self.attention(name="self_attn")(normed, cache, layer, context)
+        x += out
+        x += self.mlp(name="mlp")(self.norm(name="post_attention_layernorm")(x))
+        return (x, cache), None
+
+
+class _Attention(nn.Module):
+    heads: tuple[int, int, int]  # of queries, of keys and values; the dimension of each
+    project: Callable[..., nn.Module]
+    project_out: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module] | None  # of query and key heads
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N D"], cache: Cache | None, layer: Int[Array, ""], context: _Context):
+        num_heads, num_kv_heads, _ = self.heads
+        q = _rotate(self._heads(x, "q", num_heads, context), context)
+        k = _rotate(self._heads(x, "k", num_kv_heads, context), context)
+        v = self._heads(x, "v", num_kv_heads, context)
+        causal = cache is None
+        if cache is not None:
+            rows = jnp.arange(q.shape[0])[:, None]
+            cache = Cache(*(old.at[layer, rows, context.positions].set(new) for old, new in zip(cache, (k, v))))
+            k, v = cache.k[layer], cache.v[layer]
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=context.mask, is_causal=causal, implementation=self.implementation
+        )
+        return self.project_out(x.shape[-1], name="o_proj")(out.reshape(x.shape[0], -1)), cache
+
+    def _heads(self, x: Array, which: str, count: int, context: _Context) -> Float[Array, "B S heads head_dim"]:
+        flat = self.project(count * self.heads[2], name=f"{which}_proj")(x)
+        heads = flat.reshape(*context.positions.shape, count, self.heads[2])
+        return heads if self.norm is None or which == "v" else self.norm(name=f"{which}_norm")(heads)
+
+
+class _Mlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    width: int
+    dense: Callable[..., Callable[[Array], Array]]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        hidden = nn.silu(self.dense(self.width, name="gate_proj")(x)) * self.dense(self.width, name="up_proj")(x)
+        return self.dense(x.shape[-1], name="down_proj")(hidden)
+
+
+class _Experts(nn.Module):
+    """The `per_token` most probable experts of each token, weighted; no token is dropped. No balancing loss.
+
+    Tokens are sorted by expert and multiplied in groups; XLA has a grouped product on TPU and GPU, on CPU each
+    expert costs as much as a dense MLP.
+    """
+
+    width: int
+    count: int
+    per_token: int
+    normalize: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        gate = nn.Dense(self.count, use_bias=False, dtype=self.dtype, kernel_init=NORMAL, name="gate")
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(gate(x).astype(jnp.float32)), self.per_token)
+        if self.normalize:
+            weights /= weights.sum(-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.count)
+        dense = lambda features, name: functools.partial(
+            _GroupedDense(features, self.count, self.dtype, name=name), sizes=sizes
+        )
+        out = _Mlp(self.width, dense, name="experts")(x[order // self.per_token])
+        out = out[jnp.argsort(order)].reshape(*chosen.shape, -1)
+        return (out * weights[..., None].astype(out.dtype)).sum(1)
+
+
+class _GroupedDense(nn.Module):
+    """Rows in groups of `sizes`, each group times a kernel of its own."""
+
+    features: int
+    count: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows D"], sizes: Int[Array, "count"]) -> Float[Array, "rows features"]:
+        kernel = self.param("kernel", NORMAL, (self.count, x.shape[-1], self.features))
+        return jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), sizes)
+
+
+def _dot_float32(x: Array, y: Array, dimensions: Any, precision: Any = None) -> Array:
+    """A product with a float32 result, whatever the type of its factors."""
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _over_data(x: Float[Array, "N D"], records: int) -> Float[Array, "N D"]:
+    """Keeps tokens split over the mesh axis `data`, like the batch: XLA would split D instead, like the parameters."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = AxisType.Auto in (kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name == "data")
+    if not automatic or records % mesh.shape["data"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def _rotate(x: Float[Array, "B S heads head_dim"], context: _Context) -> Float[Array, "B S heads head_dim"]:
+    """Pair i is (x[i], x[i + head_dim / 2])."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = context.cos[:, :, None], context.sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:
+    """Positions that start again with each segment, and who may see whom but for causality."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    if segment_ids is None:
+        return index, None
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return index - first, segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def _check(module: Decoder) -> None:
+    if module.num_heads % module.num_kv_heads:
+        raise ValueError(f"num_heads={module.num_heads} is no multiple of num_kv_heads={module.num_kv_heads}; make it")
+    if module.head_dim % 2:
+        raise ValueError(f"head_dim={module.head_dim} is odd; rotary positions need pairs")
+    if module.num_experts and not 0 < module.experts_per_token <= module.num_experts:
+        raise ValueError(
+            f"experts_per_token={module.experts_per_token}; give 1 to num_experts={module.num_experts} of them"
+        )
