@@ -44,8 +44,10 @@ EXTRAS = {
         "nbclient>=0.11",
         "ipykernel>=7.4",
         "nbmake>=1.5.5",  # runs the notebooks
+        "math-verify>=0.9",
     ],
     "tensorboard": ["tensorboardX>=2.6.5"],  # not clu.metric_writers, which needs TensorFlow
+    "maths": ["math-verify>=0.9"],  # compares answers as mathematics; 0.9 parses without signals
     "ocr": ["tesserocr>=2.13"],  # in process, 30 times faster than pytesseract; data: Debian's tesseract-ocr-eng
 }
 

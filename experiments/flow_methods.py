@@ -147,9 +147,9 @@ def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, reci
             mine = np.flatnonzero(task == index)
             if mine.size:
                 reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
-        group, sharding = np.asarray(rollout.group), rollout.task.sharding
+        reward, group = jnp.asarray(reward), jnp.asarray(np.asarray(rollout.group))  # one device, no collective
         advantage = policy_gradient.group_advantages(reward, group, len(captions) // recipe.group)
-        advantage, reward = jax.device_put((advantage, reward), sharding)
+        advantage, reward = jax.device_put((advantage, reward), rollout.task.sharding)
         return RewardLabels(advantage, reference, reward)
 
     if recipe.method == "awm":
