@@ -162,19 +162,20 @@ def test_a_specialist_is_held_to_the_base(form):
     recipe = experiment.grpo_recipe(config, config.teachers.ocr)
     update, optimizer = flow_methods.grpo_update(velocity, recipe)
     method = flow_methods.grpo_method(velocity, ("quality", "quality"), update, config, recipe)
-    for adapter, held in ((jax.tree.map(jnp.zeros_like, teachers[0]), True), (teachers[0], False)):
+    distances = []
+    for adapter in (jax.tree.map(jnp.zeros_like, teachers[0]), teachers[0]):
         rollout = method.sample(adapter, batch, rng.stream(0, "sample"))
         labels = method.label(None, rollout)
         state = optim.init_state(adapter, optimizer)
         _, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
-        distance = metrics["reference_error" if form == "awm" else "reverse_kl"]
-        assert (distance < 1e-6) == held
+        distances.append(float(metrics["reference_error" if form == "awm" else "reverse_kl"]))
         if form == "flow_grpo":
             assert labels.reference_velocity.shape[1] == recipe.flow_grpo.window
             np.testing.assert_allclose(metrics["ratio"], 1, atol=1e-5)
             start = np.asarray(rollout.states[:, 0]).reshape(-1, recipe.group, *rollout.states.shape[2:])
             assert (start == start[:, :1]).all(), "a group begins at one noise"
             assert len(np.unique(start[:, 0, 0, 0, 0])) == len(start), "another group at another"
+    assert distances[0] < 1e-3 * distances[1]
 
 
 def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
