@@ -7,8 +7,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # as experiments/main.py: collectives can wait for each other
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_of_another_test():
+    """`sharding.make_mesh` sets a mesh for the process; a test must not find that of the one before."""
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)

@@ -123,7 +123,7 @@ def test_all_errors_of_a_config_at_once(tmp_path):
         "--config=configs/flow_opd.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         "--config.anchor=beauty",
-        "--config.grpo.window=99",
+        "--config.grpo.flow_grpo.window=99",
         "--config.opd.weighting=heavy",
     )
     assert all(value in lines for value in ("beauty", "99", "heavy"))
@@ -146,7 +146,7 @@ def test_an_unwritable_workdir_is_named():
 def test_sample_draws_a_grid(base_run, tmp_path):
     out = tmp_path / "grid.png"
     code, _, err = run(
-        base_run, "two red circles left of a blue square", "--count=4", "--steps=2", f"--out={out}", "--stage=base",
+        base_run, "two red circles left of a blue square", "--count=4", "--steps=2", f"--out={out}", "--stage=web",
         script="experiments/sample.py",
     )  # fmt: skip
     assert code == 0, err[-2000:]

@@ -360,11 +360,11 @@ def _canonical(kind: str, parameter: Number | None) -> tuple[str, float]:
         return kind, 0.0
     if kind in ("generalized_jsd", "scaled_jsd"):
         _check(kind, parameter, parameter is not None and 0 <= parameter <= 1, "give beta from 0 to 1")
-        return {0: ("forward_kl", 0.0), 1: ("reverse_kl", 0.0)}.get(parameter, (kind, parameter))
+        return {0: ("forward_kl", 0.0), 1: ("reverse_kl", 0.0)}.get(parameter, (kind, float(parameter)))
     if kind in ("skewed_forward_kl", "skewed_reverse_kl"):
         _check(kind, parameter, parameter is not None and 0 <= parameter < 1, "give alpha from 0 to below 1")
         kind = kind if parameter > 0 else kind.removeprefix("skewed_")
-        return kind, parameter if kind == "skewed_forward_kl" else 1 - parameter
+        return kind, float(parameter if kind == "skewed_forward_kl" else 1 - parameter)
     raise ValueError(f"{kind!r} is no sum over the vocabulary; choose one of {', '.join(F_DIVERGENCES)}")
 
 

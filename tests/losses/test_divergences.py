@@ -229,8 +229,8 @@ def test_entries_absent_from_both_do_not_exist(budget):
     padded = [jnp.concatenate([x, jnp.full((5, 4), -INF)], -1) for x in (student, teacher)]
     plain = everything(student, teacher, budget, 3)
     for kind, (out, by_student, _) in everything(*padded, budget, 3).items():
-        np.testing.assert_allclose(out, plain[kind][0], rtol=1e-6, err_msg=kind)
-        np.testing.assert_allclose(by_student[:, :11], plain[kind][1], atol=1e-7, err_msg=kind)
+        np.testing.assert_allclose(out, plain[kind][0], rtol=1e-5, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(by_student[:, :11], plain[kind][1], atol=1e-6, err_msg=kind)
         np.testing.assert_array_equal(by_student[:, 11:], 0.0, err_msg=kind)
     nothing = jnp.full((5, 15), -INF)
     for kind, (out, by_student, _) in everything(nothing, nothing, budget, 3).items():
@@ -399,5 +399,5 @@ def test_mistakes_are_named():
 
 
 def test_other_vocabularies_are_refused():
-    with pytest.raises(Exception, match=r"cut both to the tokenizer's vocabulary|type-check"):
+    with pytest.raises(Exception, match=r"(?i)cut both to the tokenizer's vocabulary|type-check"):
         divergences.coarsen(jnp.zeros((2, 3)), jnp.zeros((2, 4)), "exact")
