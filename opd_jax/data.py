@@ -39,6 +39,22 @@ def batches(
     return iter(dataset.to_iter_dataset(options))
 
 
+def epochs(
+    record: Callable[[int], Any],
+    count: int,
+    batch_size: int,
+    seed: int,
+    place: Callable[[Any], Any] = lambda batch: batch,
+) -> grain.DatasetIterator:
+    """Endless batches of a finite set, as `batches`: all records in one order, then all in another, without a gap.
+
+    Args:
+        record: record i of `count`.
+    """
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().map(record)
+    return iter(dataset.batch(batch_size).map(place).to_iter_dataset(grain.ReadOptions(1, 2)))
+
+
 def batch_of(records: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Stacks records once, for evaluation."""
     return {name: np.stack([record[name] for record in records]) for name in records[0]}

@@ -44,3 +44,16 @@ def test_threads_and_place_change_no_record():
 def test_records_do_not_repeat():
     values = np.concatenate([batch["x"][:, 0] for batch in take(data.batches(draw, 8, 0), 8)])
     assert len(np.unique(values)) == 64
+
+
+def test_epochs_take_every_record_once_in_another_order():
+    iterator = data.epochs(lambda i: {"n": np.int32(i)}, 10, 5, seed=3)
+    first, second = (np.concatenate([next(iterator)["n"] for _ in range(2)]).tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    position = iterator.get_state()
+    following = next(iterator)["n"].tolist()
+    again = data.epochs(lambda i: {"n": np.int32(i)}, 10, 5, seed=3)
+    again.set_state(position)
+    assert next(again)["n"].tolist() == following
+    assert next(data.epochs(lambda i: {"n": np.int32(i)}, 10, 5, seed=4))["n"].tolist() != first[:5]

@@ -63,7 +63,7 @@ Number = float | int
 
 def divergence(
     student_logits: Logits,
-    teacher_logits: Logits,
+    teacher_logits: Float[Array, "*tokens W"],
     kind: str = "reverse_kl",
     parameter: Number | None = None,
     budget: str = "exact",
@@ -172,7 +172,11 @@ def adaptive_kl(
 
 
 def coarsen(
-    student_logits: Logits, teacher_logits: Logits, budget: str, k: int | None = None, temperature: Number = 1.0
+    student_logits: Logits,
+    teacher_logits: Float[Array, "*tokens W"],
+    budget: str,
+    k: int | None = None,
+    temperature: Number = 1.0,
 ) -> tuple[Few, Few]:
     """Both distributions over the few tokens that a budget keeps, as log-probabilities that sum to one.
 
@@ -353,7 +357,7 @@ def pointwise(kind: str, parameter: Number | None, student_logp: Entries, teache
     return scale * term, -scale * (1 - w) * times(p_s, over_student)
 
 
-def _canonical(kind: str, parameter: Number | None) -> tuple[str, float]:
+def _canonical(kind: str, parameter: Number | None) -> tuple[str, Number]:
     """The kind with `w`, the teacher's weight in the mixture; at the limits of a family, the KL that it is there."""
     if kind in ("reverse_kl", "forward_kl"):
         _check(kind, parameter, parameter is None, "it takes no parameter")

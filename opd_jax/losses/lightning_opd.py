@@ -31,7 +31,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.sampling.tokens import log_probs
+from opd_jax.losses.token_logp import token_logp
 from opd_jax.types import PyTree, Supervise, Weighted
 
 OBJECTIVES = ("offline", "online", "k1_direct")
@@ -173,46 +173,6 @@ def _supervise(s: _Settings, apply_fn, student_params, rollout, labels: Lightnin
         total, weight = total / jnp.maximum(count, 1), (count > 0).astype(jnp.float32)
     spread = {"log_ratio": jnp.where(counted, advantage, jnp.nan)}
     return Weighted(total, weight, *jax.lax.stop_gradient((metrics, spread)))
-
-
-def token_logp(
-    apply_fn: Callable[..., Array],
-    params: PyTree,
-    tokens: Int[Array, "B S"],
-    counted: Bool[Array, "B S"],
-    *,
-    head_fn: Callable[[PyTree], Array] | None = None,
-    block: int = 512,
-) -> Float[Array, "B S"]:
-    """`log pi(tokens[b, s] | tokens[b, :s])` in nats at temperature 1, float32; 0 where not counted, and at s = 0.
-
-    Scores a teacher or a reference as `supervise` scores the student, with the same kernels: equal parameters give
-    equal bits. Arguments as `supervise`; gradient flows into `params`, at counted positions alone.
-    """
-    counted = counted[:, 1:]
-    targets = jnp.where(counted, tokens[:, 1:], 0)
-    out = apply_fn(params, tokens, None)[:, :-1]
-    if head_fn is None:
-        logp = _pick(out, targets, counted)
-    else:
-        head = head_fn(params)
-        project = lambda h: jnp.einsum("bsd,dv->bsv", h, head, preferred_element_type=jnp.float32)
-        pieces = [_pieces(a, min(block, targets.shape[1])) for a in (out, targets, counted)]
-        piece = jax.checkpoint(lambda xs: _pick(project(jnp.where(xs[2][..., None], xs[0], 0)), xs[1], xs[2]))
-        logp = jnp.swapaxes(jax.lax.map(piece, tuple(pieces)), 0, 1).reshape(targets.shape[0], -1)
-        logp = logp[:, : targets.shape[1]]
-    return jnp.pad(logp, ((0, 0), (1, 0)))
-
-
-def _pick(logits: Array, targets: Int[Array, "B S"], counted: Bool[Array, "B S"]) -> Float[Array, "B S"]:
-    return jnp.where(counted, log_probs(jnp.where(counted[..., None], logits, 0), targets), 0.0)
-
-
-def _pieces(a: Array, block: int) -> Array:
-    """[B, S, ...] as [ceil(S / block), B, block, ...], padded with zeros."""
-    pad = -a.shape[1] % block
-    a = jnp.pad(a, ((0, 0), (0, pad), *((0, 0),) * (a.ndim - 2)))
-    return jnp.swapaxes(a.reshape(a.shape[0], -1, block, *a.shape[2:]), 0, 1)
 
 
 def _order_violation(score: Float[Array, "B"], outcome: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:

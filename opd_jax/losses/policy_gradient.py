@@ -1,16 +1,18 @@
-"""Flow-GRPO: online reinforcement learning of flow-matching models. arXiv:2505.05470.
+"""GRPO for flow-matching models (Flow-GRPO, arXiv:2505.05470) and for language models (arXiv:2402.03300).
 
-Trains the teachers and the baselines of on-policy distillation: a reward for the image, no teacher at every step.
+Trains the teachers and the baselines of on-policy distillation: a reward for the result, no teacher at every step.
 
 | equation of the paper | function |
 | --- | --- |
 | group-relative advantage, `(R - mean) / std` | `group_advantages` |
 | clipped ratio objective `min(rho A, clip(rho, 1-eps, 1+eps) A)` | `clipped_surrogate` |
 | the objective with `- beta KL(student || reference)` | `grpo` |
+| the same for tokens, clipped to `[1 - low, 1 + high]` (DAPO, arXiv:2503.14476) | `token_grpo` |
 | the SDE step and its density | `gaussians.transition`, `gaussians.log_density` |
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,8 +21,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from opd_jax.losses import gaussians
+from opd_jax.losses.token_logp import token_logp
 from opd_jax.sampling.flow import as_partial, velocities
-from opd_jax.types import FlowRollout, Supervise, VelocityFn, Weighted
+from opd_jax.types import FlowRollout, PyTree, Supervise, VelocityFn, Weighted
 
 
 class RewardLabels(NamedTuple):
@@ -70,13 +73,59 @@ def group_advantages(
     return jnp.where(informative, jnp.clip(centred / (std + 1e-4), -clip, clip), 0.0)
 
 
-def clipped_surrogate(ratio: Float[Array, "B T"], advantage: Float[Array, "B T"], clip: float) -> Float[Array, "B T"]:
+def clipped_surrogate(
+    ratio: Float[Array, "B T"], advantage: Float[Array, "B T"], clip: float, clip_high: float | None = None
+) -> Float[Array, "B T"]:
     """PPO's loss per step, `-min(ratio A, clip(ratio, 1-clip, 1+clip) A)`, minimised; gradient through `ratio` only.
 
-    The shapes must be equal: `[B, 1]` against `[B]` would average the credit over records in silence.
+    `clip_high` is the upper half of the range where it differs. The shapes must be equal: `[B, 1]` against `[B]` would
+    average the credit over records in silence.
     """
     advantage = jax.lax.stop_gradient(advantage)
-    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+    highest = 1 + (clip if clip_high is None else clip_high)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, highest) * advantage)
+
+
+def token_grpo(
+    apply_fn: Callable[..., Array],
+    *,
+    head_fn: Callable[[PyTree], Array] | None = None,
+    clip: float = 0.2,
+    clip_high: float = 0.28,
+    block: int = 512,
+) -> Supervise:
+    """`sum_t -min(rho_t A, clip(rho_t, 1 - clip, 1 + clip_high) A)` over the response, per record; weight: its tokens.
+
+    `rho_t = pi_S / pi_behavior` of the sampled token at temperature 1; no KL to a reference (as DAPO). Every token of
+    the batch counts alike (`sum(total) / sum(weight)`), DAPO's form; GRPO divides each answer by its length first.
+
+    Args:
+        apply_fn, head_fn, block: as of `token_logp`.
+        clip, clip_high: how far below and above 1 the ratio is credited.
+
+    Returns:
+        `supervise(student_params, rollout, RewardLabels, key) -> Weighted`; `rollout` is a TokenRollout. Metrics:
+        `ratio` (exactly 1 before the first update, up to the rounding of another program), `clip_fraction`,
+        `logp_diff`, means over a record's tokens; `reward`, where the labels have it.
+    """
+    return Partial(functools.partial(_token_grpo, head_fn, clip, clip_high, block), as_partial(apply_fn))
+
+
+def _token_grpo(head_fn, clip, clip_high, block, apply_fn, student_params, rollout, labels, key) -> Weighted:
+    place = jnp.arange(rollout.tokens.shape[1])[None]
+    counted = rollout.response & (place > 0)
+    tokens = jnp.where(place < rollout.length[:, None], rollout.tokens, 0)
+    student = token_logp(apply_fn, student_params, tokens, counted, head_fn=head_fn, block=block)
+    behavior = jax.lax.stop_gradient(jnp.where(counted, rollout.behavior_logp, 0.0))
+    ratio = jnp.exp(student - behavior)
+    loss = clipped_surrogate(ratio, jnp.broadcast_to(labels.advantage[:, None], ratio.shape), clip, clip_high)
+    count = counted.sum(1).astype(jnp.float32)
+    mean = lambda a: jnp.where(counted, a, 0.0).sum(1) / jnp.maximum(count, 1)
+    outside = (ratio < 1 - clip) | (ratio > 1 + clip_high)
+    metrics = {"ratio": mean(ratio), "clip_fraction": mean(outside), "logp_diff": mean(jnp.abs(student - behavior))}
+    if labels.reward is not None:
+        metrics["reward"] = labels.reward
+    return Weighted(jnp.where(counted, loss, 0.0).sum(1), count, jax.lax.stop_gradient(metrics))
 
 
 def grpo(

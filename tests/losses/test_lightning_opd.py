@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from opd_jax.losses import lightning_opd
-from opd_jax.losses.lightning_opd import LightningLabels, residual_teacher_logp, supervise, token_logp
+from opd_jax.losses.lightning_opd import LightningLabels, residual_teacher_logp, supervise
+from opd_jax.losses.token_logp import token_logp
 from opd_jax.types import TokenRollout
 
 V, LENGTH = 5, 3
