@@ -1,8 +1,8 @@
-"""Pieces that several configs share."""
+"""Pieces that several configs share: models, and the settings of a family of experiments."""
 
 from ml_collections import ConfigDict
 
-from opd_jax.worlds import scenes
+from opd_jax.worlds import reasoning, scenes
 
 
 def scene_model() -> ConfigDict:
@@ -18,6 +18,95 @@ def scene_model() -> ConfigDict:
         "pooled_projection_dim": scenes.POOLED_DIM,
         "pos_embed_max_size": scenes.SIZE // 4,
     })  # fmt: skip
+
+
+def reasoning_model(width: int, layers: int) -> ConfigDict:
+    """A decoder of the Qwen3 family for the reasoning world."""
+    return ConfigDict({
+        "vocab_size": len(reasoning.WORDS),
+        "width": width,
+        "mlp_width": 3 * width,
+        "num_layers": layers,
+        "num_heads": width // 32,
+        "num_kv_heads": width // 32,
+        "head_dim": 32,
+        "qk_norm": True,
+        "tie_embeddings": True,
+        "max_positions": reasoning.PROMPT_TOKENS + reasoning.SOLUTION_TOKENS,
+    })  # fmt: skip
+
+
+def language_experiment() -> ConfigDict:
+    """What the configs of language models share; `experiments/reasoning.py` reads it."""
+    optimizer = {"warmup": 5, "weight_decay": 0.0, "b2": 0.999, "micro_batches": 1}
+    return ConfigDict({
+        "experiment": "reasoning",
+        "seeds": (0,),  # of the students, from SFT on; the teachers are one for all
+        "allow_inconsistent_teacher": False,  # True: run arms whose labels are not of the teacher that wrote SFT data
+        "student": {"path": "", "layers": 0},  # a Hugging Face directory; "": shipped, of `layers` random ones if not 0
+        "teachers": {
+            "own": {"path": "", "layers": 0, "url": "", "api": "vllm", "served_model": ""},
+            "other": {"path": "", "layers": 0, "url": "", "api": "vllm", "served_model": ""},
+        },
+        "problems": {  # that are answered on-policy; "": the embedded world's
+            "path": "",
+            "count": 2_048,  # 0: all of the file
+            "levels": (1, 2, 3),
+            "seed": 17,
+            "template": "{prompt}",
+            "chat": False,
+            "prompt_tokens": 24,  # room for a prompt; level 5 needs 48
+        },
+        "sampler": {  # of rollouts, online and stored alike; level 5 needs 96 tokens
+            "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 48, "slots": 128,
+        },
+        "sft": {
+            "path": "",  # problems of the teacher's answers, if not those of `problems`
+            "answers": 2_048,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "steps": 200,  # 0: the student as it is
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "decay_steps": 100,
+        } | optimizer,
+        "opd": {  # of every arm, if it says nothing else
+            "method": "online",  # online, lightning, off_policy, grpo, sft
+            "sft": "own",  # the teacher on whose answers the student was fine-tuned
+            "teacher": "own",  # the one that labels
+            "residual": False,  # labels without what the teacher's style shares: Lightning OPD 2.0
+            "allow_inconsistent_teacher": False,
+            "divergence": "sampled",  # online: of the sampled token, or exact: reverse_kl, forward_kl, ...
+            "parameter": None,  # of the divergence
+            "weighting": "unit",  # lightning: unit, reference, sampling
+            "clip": 10.0,  # of the advantage, in nats
+            "steps": 150,
+            "batch_size": 128,  # prompts of an update
+            "group": 1,  # answers per prompt
+            "learning_rate": 1e-3,
+        } | optimizer,
+        "shard": 512,  # problems per shard of a store
+        "eval": {
+            "path": "", "problems": 512, "seed": 1234, "temperature": 0.6, "top_k": 0, "top_p": 0.95,
+        },
+        "save_every": 50,
+        "fsdp": False,  # True: parameters split over the devices
+        "mesh": {"data": -1},
+    })  # fmt: skip
+
+
+def tiny_language(config: ConfigDict) -> None:
+    for part in (config.student, *config.teachers.values()):
+        part.layers = 1
+    config.problems.count = config.sft.answers = config.eval.problems = 8
+    config.sampler.update({"max_new_tokens": 12, "slots": 4})
+    config.eval.update({"temperature": 1.0, "top_p": 1.0})  # as the other samplers, so that less is compiled
+    config.sft.update({"steps": 2, "batch_size": 4, "decay_steps": 0, "warmup": 0})
+    config.opd.update({"steps": 2, "batch_size": 4, "warmup": 0})
+    config.update({"shard": 4, "save_every": 1})
+    for arm in config.arms.values():
+        arm.update({key: 2 for key in ("batch_size", "group") if key in arm})
 
 
 def variant(arg: str | None, known: tuple[str, ...]) -> str:

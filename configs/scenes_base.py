@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "damaged": 0.3,  # share of pictures that are spoilt
         "time_center": 0.7,  # logit-normal times, rather towards noise, where the caption decides what is drawn
         "time_spread": 1.2,
-        "phases": ("draw", "web"),
+        "phases": ("draw", "web", "crawl"),
         "draw": {
             "steps": 12_000,
             "learning_rate": 5e-3,
@@ -38,6 +38,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "learning_rate": 1e-3,
             "decay_steps": 800,
             "wrong": {"composition": 0.8, "ocr": 0.5},
+        },
+        "crawl": {
+            "steps": 1_000,
+            "learning_rate": 3e-3,
+            "decay_steps": 500,
+            "wrong": {"composition": 0.5, "ocr": 0.5},
+            "unrelated": {"composition": 0.8, "ocr": 0.0},  # share of pictures of another scene altogether
+            "damaged": 0.5,
         },
         "save_every": 500,
         "eval": {"prompts": 256, "steps": 20, "shift": 2.0, "seed": 1234},

@@ -82,11 +82,11 @@ def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
 
 
 @jax.jit
-def _base_velocities(velocity_fn, rollout):
-    """What the base, which is the student without an adapter, would have done at the states that the update visits."""
+def _reference_velocities(velocity_fn, params, rollout):
+    """What the adapter that a specialist started from would have done at the states that the update visits."""
     if isinstance(rollout, SampledAgain):
-        return advantage_matching.copy_velocities(velocity_fn, {}, rollout)
-    return flow.velocities(velocity_fn, {}, rollout.condition, rollout.states[:, :-1], rollout.times[0, :-1])
+        return advantage_matching.copy_velocities(velocity_fn, params, rollout)
+    return flow.velocities(velocity_fn, params, rollout.condition, rollout.states[:, :-1], rollout.times[0, :-1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -108,7 +108,7 @@ def _noise_teacher_pictures(sampling: Sampling, teachers, adapters, _, batch, ke
     return flow_matching.noised(images, batch["tokens"], rng.per_record(rng.at_step(key, 1), len(images)))
 
 
-def opd_update(student: Partial, config, recipe) -> tuple:
+def opd_update(student: Partial, recipe, config) -> tuple:
     """Flow-OPD's update and its optimiser. `recipe` is an arm: estimator, weighting, anchor weight, sizes."""
     return _update(
         flow_opd.ESTIMATORS[recipe.estimator](
@@ -134,12 +134,15 @@ def grpo_update(student: Partial, recipe) -> tuple:
 
 
 def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, recipe) -> Method:
-    """A specialist's method: `rewards[task]` judges a record of that task, against its group."""
+    """A specialist's method: `rewards[task]` judges a record of that task, against its group.
 
-    def label(_, rollout):
+    `teacher_params` is the adapter it started from, to which it is held.
+    """
+
+    def label(start, rollout):
         again = isinstance(rollout, SampledAgain)
         visited = rollout if again else policy_gradient.window_of(rollout, recipe.flow_grpo.window)
-        reference = _base_velocities(student, visited) if recipe[recipe.method].beta > 0 else None
+        reference = _reference_velocities(student, start, visited) if recipe[recipe.method].beta > 0 else None
         images, task = np.asarray(rollout.image if again else rollout.states[:, -1]), np.asarray(rollout.task)
         captions = [scenes.caption_of(tokens) for tokens in np.asarray(rollout.condition)]
         reward = np.zeros(len(captions), np.float32)
@@ -174,12 +177,23 @@ def offline_method(teachers: Partial, adapters, update, config, recipe) -> Metho
     return Method(sample, lambda _, rollout: rollout.velocity, update)
 
 
+def pairs_method(update) -> Method:
+    """SFT on given pictures with their captions."""
+    return Method(_noise_given_pictures, lambda _, rollout: rollout.velocity, update)
+
+
+@jax.jit
+def _noise_given_pictures(_, batch, key):
+    return flow_matching.noised(batch["image"], batch["tokens"], rng.per_record(key, batch["image"].shape[0]))
+
+
 def _update(supervise, recipe) -> tuple:
-    optimizer = optim.adamw(recipe.learning_rate, warmup=recipe.warmup)
+    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
+    optimizer = optim.adamw(recipe.learning_rate, warmup=recipe.warmup, decay=decay)
     update = optim.dense(
         supervise,
         optimizer,
-        micro_batches=recipe.micro_batches,
+        micro_batches=recipe.get("micro_batches", 1),
         updates=recipe.get("updates", 1),
         ema_decay=recipe.ema_decay,
     )

@@ -1,5 +1,6 @@
 """Flow-OPD on the scenes world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
 
+import functools
 import shlex
 import sys
 import time
@@ -45,6 +46,9 @@ def validate(config, mesh) -> None:
         check(config.grpo.method in methods, f"grpo.method={config.grpo.method!r}: choose one of {', '.join(methods)}")
         check(1 <= window <= steps, f"grpo.flow_grpo.window={window}: choose 1..{steps}, sampler.steps")
         for name, part in {**config.teachers, "grpo_mix": config.grpo_mix}.items():
+            warm = grpo_recipe(config, part).warm_start
+            uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
+            check(warm.steps == 0 or not uneven, uneven)
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(TASKS), f"{name}.prompts={part.prompts}: choose of {TASKS}")
             check(set(part.rewards) <= set(REWARDS), f"{name}.rewards={part.rewards}: choose of {REWARDS}")
@@ -86,7 +90,7 @@ def grpo_recipe(config, part):
     """The settings of one specialist: `config.grpo` with what its part changes."""
     recipe = config.grpo.copy_and_resolve_references()
     with recipe.unlocked():
-        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate")})
+        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate", "warm_start")})
     return recipe
 
 
@@ -125,16 +129,18 @@ class Experiment:
         return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
 
     def update(self, recipe) -> tuple:
-        """The compiled update of an arm and its optimiser: one for all seeds, and for arms that differ elsewhere."""
-        shared = fingerprint({key: value for key, value in recipe.to_dict().items() if key not in ("init", "steps")})
-        if shared not in self.updates:
-            self.updates[shared] = self.new_update(recipe)
-        return self.updates[shared]
-
-    def new_update(self, recipe) -> tuple:
+        """The compiled update of an arm and its optimiser."""
         if recipe.method == "offline":
-            return flow_methods.offline_update(self.velocity, recipe)
-        return flow_methods.opd_update(self.velocity, self.config, recipe)
+            return self.shared_update(recipe, flow_methods.offline_update)
+        return self.shared_update(recipe, functools.partial(flow_methods.opd_update, config=self.config))
+
+    def shared_update(self, recipe, new) -> tuple:
+        """`new(velocity, recipe)`, made once for all seeds and for recipes that differ elsewhere."""
+        elsewhere = ("init", "warm_start", "pairs") + (() if recipe.get("decay_steps") else ("steps",))
+        shared = fingerprint({key: value for key, value in recipe.to_dict().items() if key not in elsewhere})
+        if shared not in self.updates:
+            self.updates[shared] = new(self.velocity, recipe=recipe)
+        return self.updates[shared]
 
     def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):
         """Runs the loop on an adapter and returns its average over time."""
@@ -154,29 +160,36 @@ class Experiment:
         return state.ema
 
     def grpo(self, stage: str, part) -> stages.Made:
-        """A specialist (one reward) or the mixture baseline (all of them), by Flow-GRPO from the base."""
+        """A specialist (one reward) or the mixture baseline (all of them), from the base."""
         config, recipe = self.config, grpo_recipe(self.config, part)
         recipe_hash = stages.recipe_of(grpo_settings(config, part), self.base.sha256)
         if config.shipped:
             return stages.load(shipped(stage), recipe_hash)
 
         def make(checkpoint_dir):
-            trained = self.train_grpo(stage, part, checkpoint_dir, recipe.steps)
+            trained = self.train_grpo(stage, part, checkpoint_dir, recipe.warm_start.steps, recipe.steps)
             return trained, recipe.steps * recipe.prompts * recipe.group
 
-        return stages.once(stage, self.workdir, recipe_hash, make, self.about)
+        parts = (f"{stage}_sft", stage) if recipe.warm_start.steps else (stage,)
+        return stages.once(stage, self.workdir, recipe_hash, make, self.about, parts)
 
-    def train_grpo(self, stage: str, part, checkpoint_dir, steps: int):
-        """The first `steps` updates of `grpo`."""
+    def train_grpo(self, stage: str, part, checkpoint_dir, warm_steps: int, steps: int):
+        """The first steps of a specialist's SFT on clean pairs of its prompts, if it has any, and of its `grpo`."""
         config, recipe = self.config, grpo_recipe(self.config, part)
-        shared = f"grpo at {recipe.learning_rate}"  # all that the updates of specialists differ by
-        if shared not in self.updates:
-            self.updates[shared] = flow_methods.grpo_update(self.velocity, recipe)
-        update, optimizer = self.updates[shared]
+        adapter, seed = self.adapter(config.seed, config.lora.rank), config.seed
+        if warm_steps:
+            update, optimizer = self.shared_update(recipe.warm_start, flow_methods.offline_update)
+            method = flow_methods.pairs_method(update)
+            pairs = scenes.clean_pairs(tuple(dict.fromkeys(part.prompts)), recipe.warm_start.pairs, seed, self.mesh)
+            where = checkpoint_dir / "sft"
+            adapter = self.train(where, f"{stage}_sft", method, optimizer, adapter, pairs, warm_steps, seed)
+        if not steps:
+            return adapter
+        update, optimizer = self.shared_update(recipe, flow_methods.grpo_update)
         method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
-        batches = scenes.prompts(part.prompts, recipe.prompts, config.seed, self.mesh)
-        adapter = self.adapter(config.seed, config.lora.rank)
-        return self.train(checkpoint_dir, stage, method, optimizer, adapter, batches, steps, config.seed)
+        batches = scenes.prompts(part.prompts, recipe.prompts, seed, self.mesh)
+        held_to, where = sharding.replicate(adapter, self.mesh), checkpoint_dir / "grpo"
+        return self.train(where, stage, method, optimizer, adapter, batches, steps, seed, held_to)
 
     def student(self, name: str, seed: int, teachers: dict[str, stages.Made]) -> stages.Made:
         """One arm of the comparison: a student distilled from the teachers, one way or another."""
@@ -203,7 +216,7 @@ class Experiment:
         recipe_hash = stages.recipe_of(settings | {"teachers": upstream}, self.base.sha256)
         made = stages.once(stage, self.workdir, recipe_hash, make, self.about)
         if earlier:
-            made = made._replace(seconds=made.seconds + earlier.seconds, images=made.images + earlier.images)
+            made = made._replace(seconds=made.seconds + earlier.seconds, samples=made.samples + earlier.samples)
         return made
 
     def start(self, init: str, seed: int, teachers: dict[str, stages.Made]):
@@ -244,14 +257,14 @@ def run(config, workdir: Path, mesh) -> None:
     mix = experiment.grpo("grpo_mix", config.grpo_mix)
     students = {name: [experiment.student(name, seed, teachers) for seed in config.seeds] for name in config.arms}
 
-    spent, seen = sum(made.seconds for made in teachers.values()), sum(made.images for made in teachers.values())
+    spent, seen = sum(made.seconds for made in teachers.values()), sum(made.samples for made in teachers.values())
     models = [Model("base", [{}], 0, 0)]
-    models += [Model(f"teacher: {name}", [made.params], made.seconds, made.images) for name, made in teachers.items()]
-    models += [Model("GRPO-mix", [mix.params], mix.seconds, mix.images)]
+    models += [Model(f"teacher: {name}", [made.params], made.seconds, made.samples) for name, made in teachers.items()]
+    models += [Model("GRPO-mix", [mix.params], mix.seconds, mix.samples)]
     models += [Model("cold start (merge)", [experiment.merged(teachers)], spent, seen)]
     for name, arms in students.items():
         seconds = float(np.mean([made.seconds for made in arms]))
-        models.append(Model(name, [made.params for made in arms], spent + seconds, seen + arms[0].images))
+        models.append(Model(name, [made.params for made in arms], spent + seconds, seen + arms[0].samples))
     made = {"base": experiment.base} | {f"grpo {name}": part for name, part in teachers.items()} | {"GRPO-mix": mix}
     write(experiment, models, made | {name: arms[0] for name, arms in students.items()}, began)
 

@@ -56,14 +56,19 @@ def prompts(kinds: tuple[str, ...], batch_size: int, seed: int, mesh):
     return data.batches(draw, batch_size, seed, lambda batch: sharding.shard_batch(batch, mesh))
 
 
-def pairs(wrong: dict[str, float], damaged: float, batch_size: int, seed: int, mesh):
-    """Endless batches `{"image": [B, H, W, 3], "tokens": [B, L]}` as a crawler finds them."""
+def pairs(batch_size: int, seed: int, mesh, **found):
+    """Endless batches `{"image": [B, H, W, 3], "tokens": [B, L]}` as a crawler finds them; `found` as of `web_pair`."""
 
     def draw(generator):
-        caption, image = scenes.web_pair(generator, wrong, damaged)
+        caption, image = scenes.web_pair(generator, **found)
         return {"image": image, "tokens": scenes.tokenize(caption)}
 
     return data.batches(draw, batch_size, seed, lambda batch: sharding.shard_batch(batch, mesh))
+
+
+def clean_pairs(tasks: tuple[str, ...], batch_size: int, seed: int, mesh):
+    """Endless batches as `pairs`, of some tasks, with nothing wrong."""
+    return pairs(batch_size, seed, mesh, wrong=dict.fromkeys(scenes.TASKS, 0.0), damaged=0.0, tasks=tasks)
 
 
 def held_out(count: int, seed: int, test: bool = True) -> dict[str, list[str]]:

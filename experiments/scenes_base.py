@@ -22,7 +22,9 @@ def validate(config, mesh) -> None:
             phase = phase_of(config, name)
             least = phase.warmup + phase.decay_steps
             check(phase.steps > least, f"{name}: steps={phase.steps}: give more than warmup + decay_steps, {least}")
-            shares = {"damaged": phase.damaged} | {f"wrong.{task}": phase.wrong[task] for task in TASKS}
+            shares = {"damaged": phase.damaged}
+            for kind in ("wrong", "unrelated"):
+                shares |= {f"{kind}.{task}": phase[kind][task] for task in TASKS if kind in phase}
             for key, share in shares.items():
                 check(0 <= share < 1, f"{name}: {key}={share}: a share, at least 0 and below 1")
         uneven = sharding.uneven(config.batch_size, mesh)
@@ -42,6 +44,12 @@ def phase_of(config, name: str):
 def settings(phase) -> dict:
     """What the parameters depend on: all but how they are judged, saved and spread over devices."""
     return {key: value for key, value in phase.to_dict().items() if key not in ("eval", "save_every", "mesh")}
+
+
+def found(phase) -> dict:
+    """What is wrong with the pairs of a phase, as `web_pair` takes it."""
+    given = {name: phase[name] for name in ("wrong", "damaged", "unrelated") if name in phase}
+    return {name: value if isinstance(value, float) else value.to_dict() for name, value in given.items()}
 
 
 def recipes(config) -> dict[str, str]:
@@ -74,7 +82,7 @@ def pretrain(config, name: str, params, workdir, checkpoint_dir, mesh, steps: in
     state, _ = loop.run(
         pretraining,
         sharding.replicate(optim.init_state(params, optimizer), mesh),
-        pieces.pairs(phase.wrong.to_dict(), phase.damaged, phase.batch_size, phase.seed, mesh),
+        pieces.pairs(phase.batch_size, phase.seed, mesh, **found(phase)),
         workdir=workdir,
         stage=name,
         checkpoint_dir=checkpoint_dir,
@@ -91,8 +99,9 @@ def make_phase(config, name, params, workdir, mesh, checkpoint_dir) -> tuple:
 
 def run(config, workdir, mesh) -> None:
     began, about = time.time(), {"command": shlex.join(sys.argv)}
-    params, seconds = None, {}
-    for name, recipe in recipes(config).items():
+    params, seconds, phases = None, {}, recipes(config)
+    finished = [i for i, (name, recipe) in enumerate(phases.items()) if stages.path_of(name, workdir, recipe).exists()]
+    for name, recipe in list(phases.items())[max(finished, default=0) :]:  # a later phase needs no earlier one
         make = functools.partial(make_phase, config, name, params, workdir, mesh)
         made = stages.once(name, workdir, recipe, make, about)
         params, seconds[name] = made.params, made.seconds

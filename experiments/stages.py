@@ -26,7 +26,7 @@ class Made(NamedTuple):
     recipe: str
     sha256: str
     seconds: float  # of wall time, by this stage alone
-    images: int  # sampled by this stage alone
+    samples: int  # pictures or answers drawn by this stage alone
 
 
 def recipe_of(settings: Any, *upstream: str) -> str:
@@ -48,32 +48,43 @@ def load(path: Path, recipe: str | None = None) -> Made:
     sha = params_sha256(params)
     if about.get("params_sha256") not in (None, sha):
         raise ConfigError(f"{path}: its parameters do not have the hash it states; fetch or make the file again")
-    return Made(params, about["recipe"], sha, float(about.get("seconds", 0)), int(about.get("images", 0)))
+    return Made(params, about["recipe"], sha, float(about.get("seconds", 0)), int(about.get("samples", 0)))
 
 
 def save(path: Path, made: Made, about: dict[str, Any]) -> None:
-    facts = {"recipe": made.recipe, "params_sha256": made.sha256, "seconds": made.seconds, "images": made.images}
+    facts = {"recipe": made.recipe, "params_sha256": made.sha256, "seconds": made.seconds, "samples": made.samples}
     save_params(path, made.params, facts | about)
 
 
+def path_of(name: str, workdir: Path, recipe: str) -> Path:
+    """Where a finished stage is kept."""
+    return workdir / "stages" / f"{name}-{recipe[:12]}.safetensors"
+
+
 def once(
-    name: str, workdir: Path, recipe: str, make: Callable[[Path], tuple[PyTree, int]], about: dict | None = None
+    name: str,
+    workdir: Path,
+    recipe: str,
+    make: Callable[[Path], tuple[PyTree, int]],
+    about: dict | None = None,
+    logged_as: tuple[str, ...] = (),
 ) -> Made:
     """The stage `name`: read from `workdir/stages` when it is there, else made, timed and written.
 
     Args:
         make: given a folder for its checkpoints, which belongs to this recipe alone, returns the parameters and the
-            number of images sampled; killed half way it must be able to go on. Its metrics are logged as `name`.
+            number of samples drawn; killed half way it must be able to go on.
+        logged_as: the names under which its parts log their metrics, in order; one part, `name`, unless given.
     """
-    path = workdir / "stages" / f"{name}-{recipe[:12]}.safetensors"
+    path = path_of(name, workdir, recipe)
     if path.exists():
         return load(path, recipe)
     began = time.time()
-    params, images = make(workdir / "checkpoints" / f"{name}-{recipe[:12]}")
+    params, samples = make(workdir / "checkpoints" / f"{name}-{recipe[:12]}")
     params = jax.device_get(params)
-    logged = read_metrics(workdir, name)  # their seconds include those before a resume
-    seconds = logged[-1]["seconds"] if logged else time.time() - began
-    made = Made(params, recipe, params_sha256(params), seconds, images)
-    first = [line["loss"] for line in logged[:FIRST]]
+    parts = [lines for part in logged_as or (name,) if (lines := read_metrics(workdir, part))]
+    seconds = sum(lines[-1]["seconds"] for lines in parts)  # includes those before a resume
+    made = Made(params, recipe, params_sha256(params), seconds if parts else time.time() - began, samples)
+    first = [line["loss"] for line in parts[0][:FIRST]] if parts else []
     save(path, made, (about or {}) | {"stage": name, "first_losses": first})
     return made

@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(base_run):
 def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, seed):
     """SIGKILL at random moments, start-up, compilation, steps and writes included, until a run gets through."""
     workdir, chance = tmp_path / "run", random.Random(seed)
-    more = ["--config.draw.steps=30", "--config.web.steps=30", "--config.save_every=1"]
+    more = [*(f"--config.{phase}.steps=20" for phase in ("draw", "web", "crawl")), "--config.save_every=1"]
     code, _, err = run(BASE, f"--workdir={tmp_path / 'whole'}", *more)
     assert code == 0, err[-2000:]
     kills = 0
@@ -83,19 +83,26 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, s
     assert kills > 0
     assert sha(workdir) == sha(tmp_path / "whole")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for stage in ("draw", "web"):
+    for stage in ("draw", "web", "crawl"):
         steps = [line["step"] for line in lines if line["stage"] == stage]
-        assert steps == list(range(30)), "no step is missing or written twice"
+        assert steps == list(range(20)), "no step is missing or written twice"
 
 
 @pytest.mark.slow
-def test_killed_between_and_within_stages_of_flow_opd(tmp_path):
-    """The many-stage run: killed as soon as a given stage writes its first metrics, then resumed."""
-    config = "--config=configs/flow_opd.py:tiny"
+@pytest.mark.parametrize(
+    ("name", "killed_in"),
+    [
+        ("flow_opd", ("grpo_ocr", "flow_opd_seed0")),
+        ("lightning_opd", ("sft_own_seed0", "rollouts_own_own_seed0", "lightning_seed0")),
+    ],
+)
+def test_killed_between_and_within_stages(tmp_path, name, killed_in):
+    """The many-stage runs: killed as soon as a given stage writes its first metrics, then resumed."""
+    config = f"--config=configs/{name}.py:tiny"
     code, _, err = run(config, f"--workdir={tmp_path / 'whole'}")
     assert code == 0, err[-2000:]
     workdir = tmp_path / "run"
-    for stage in ("grpo_ocr", "flow_opd_seed0"):
+    for stage in killed_in:
         process = start(config, f"--workdir={workdir}", "--resume")
         log, limit = workdir / "metrics.jsonl", time.time() + 300
         while time.time() < limit and not (log.exists() and f'"{stage}"' in log.read_text()):

@@ -66,7 +66,7 @@ class _Slots(NamedTuple):
 
 
 def as_prompts(
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | np.ndarray],
     room: int,
     key: Key[Array, ""],
     task: Sequence[int] | np.ndarray | None = None,

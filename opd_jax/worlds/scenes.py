@@ -307,12 +307,24 @@ def damage(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(image, -1, 1).astype(np.float32)
 
 
-def web_pair(rng: np.random.Generator, wrong: Mapping[Task, float], damaged: float) -> tuple[str, np.ndarray]:
-    """A training caption and a picture as a crawler finds them: with the probability `wrong` of its task one thing is
-    drawn without regard to the caption, with probability `damaged` the picture is spoilt."""
-    scene = draw_scene(rng, TASKS[int(rng.integers(len(TASKS)))])
+def web_pair(
+    rng: np.random.Generator,
+    wrong: Mapping[Task, float],
+    damaged: float,
+    unrelated: Mapping[Task, float] | None = None,
+    tasks: Sequence[Task] = TASKS,
+) -> tuple[str, np.ndarray]:
+    """A training caption of one of `tasks` and a picture, as a crawler finds them.
+
+    With the probability `wrong` of its task one thing is drawn without regard to the caption, with probability
+    `damaged` the picture is spoilt, and with the probability `unrelated` of its task it shows another scene altogether.
+    """
+    scene = draw_scene(rng, tasks[int(rng.integers(len(tasks)))])
     image = render(mistake(scene, rng) if rng.random() < wrong[scene.task] else scene, rng)
-    return scene.caption, damage(image, rng) if rng.random() < damaged else image
+    image = damage(image, rng) if rng.random() < damaged else image
+    if unrelated and rng.random() < unrelated[scene.task]:
+        return draw_scene(rng, scene.task).caption, image
+    return scene.caption, image
 
 
 def caption_of(tokens: np.ndarray) -> str:

@@ -72,6 +72,19 @@ def test_splits_are_disjoint_and_hold_out_combinations():
     assert all(scene.is_test for scene in unseen)
 
 
+def test_pictures_of_other_scenes_are_as_many_as_asked_and_of_the_same_task():
+    """Right captions score as rendered truth; captions of unrelated pictures as chance."""
+    rng = np.random.default_rng(3)
+    none = dict.fromkeys(scenes.TASKS, 0.0)
+    for share, low, high in ((0.0, 0.99, 1.0), (0.5, 0.45, 0.75), (1.0, 0.0, 0.45)):
+        pairs = [
+            scenes.web_pair(rng, none, 0.0, {"composition": share, "ocr": 0.0}, ("composition",)) for _ in range(200)
+        ]
+        captions, images = [caption for caption, _ in pairs], np.stack([image for _, image in pairs])
+        assert all(scenes.parse(caption).task == "composition" for caption in captions)
+        assert low <= verifiers.reward("composition", images, captions).mean() <= high
+
+
 def test_a_picture_is_a_function_of_its_seed():
     one, two = (scenes.web_pair(np.random.default_rng(5), {"composition": 0.5, "ocr": 0.5}, 0.5) for _ in range(2))
     assert one[0] == two[0]

@@ -1,0 +1,152 @@
+"""Methods for language models as four functions each: OPD online and offline, GRPO, SFT, off-policy distillation."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from experiments.language import Language, LanguageModel, Problems, outcomes
+from opd_jax import data, optim, rng, sharding
+from opd_jax.losses import cross_entropy, lightning_opd, opd, policy_gradient
+from opd_jax.losses.lightning_opd import LightningLabels
+from opd_jax.losses.linear_divergence import Options
+from opd_jax.losses.opd import TeacherStates
+from opd_jax.losses.policy_gradient import RewardLabels
+from opd_jax.losses.token_logp import token_logp
+from opd_jax.sampling import tokens as sampling
+from opd_jax.sampling.tokens import Prompts, SamplingParams
+from opd_jax.teachers import lookup
+from opd_jax.types import Method
+
+# ---- prompts, and the student's answers to them ----------------------------------------------------------------------
+
+
+def prompts(problems: Problems, batch_size: int, room: int, seed: int, mesh):
+    """Endless batches `{"tokens": [B, room], "length": [B], "index": [B]}`: all problems, then all in another order."""
+
+    def record(index: int):
+        ids = problems.ids[index]
+        tokens = np.pad(ids, (0, room - len(ids)))
+        return {"tokens": tokens, "length": np.int32(len(ids)), "index": np.int32(index)}
+
+    return data.epochs(record, len(problems.ids), batch_size, seed, lambda batch: sharding.shard_batch(batch, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("init_cache", "how", "group"))
+def _answer(decode_fn, params, batch, key, *, init_cache, how, group):
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), batch)
+    index = batch["index"]
+    asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, jnp.zeros_like(index))
+    return sampling.generate(decode_fn, init_cache, params, asked, how)
+
+
+def answer(student: LanguageModel, how: SamplingParams, group: int = 1):
+    """`Method.sample`: `group` answers to every prompt of a batch."""
+    own = functools.partial(_answer, init_cache=student.init_cache, how=how, group=group)
+    return lambda params, batch, key: own(student.decode, params, batch, key)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="head_fn")
+def logp_of(hidden_fn: Partial, params, rollout, *, head_fn) -> jax.Array:
+    """Log-probabilities of a rollout's response under a model, in nats at temperature 1, `[B, S]`."""
+    place = jnp.arange(rollout.tokens.shape[1])[None]
+    tokens = jnp.where(place < jnp.asarray(rollout.length)[:, None], rollout.tokens, 0)
+    counted = rollout.response & (place > 0)
+    return token_logp(hidden_fn, params, tokens, counted, head_fn=head_fn)
+
+
+@jax.jit
+def _states(hidden_fn, params, rollout):
+    place = jnp.arange(rollout.tokens.shape[1])[None]
+    return TeacherStates(hidden_fn(params, jnp.where(place < rollout.length[:, None], rollout.tokens, 0), None))
+
+
+def states_of(teacher: LanguageModel):
+    """`Method.label`: the teacher's hidden states, `(teacher_params, rollout) -> TeacherStates`."""
+    return functools.partial(_states, teacher.hidden)
+
+
+def _logp_labels(teacher: LanguageModel):
+    return lambda params, rollout: LightningLabels(logp_of(teacher.hidden, params, rollout, head_fn=teacher.head))
+
+
+def _reward_labels(language: Language, problems: Problems, group: int):
+    """The outcome of every answer against those of its prompt. Read on the host."""
+
+    def label(_, rollout):
+        reward = jnp.asarray(outcomes(language, problems, rollout))
+        number = jnp.arange(reward.size) // group
+        advantage = policy_gradient.group_advantages(reward, number, reward.size // group, global_std=False)
+        reward = jnp.nan_to_num(reward)
+        return RewardLabels(*jax.device_put((advantage, None, reward), rollout.task.sharding))
+
+    return label
+
+
+# ---- the methods -----------------------------------------------------------------------------------------------------
+
+
+def update_of(supervise, recipe) -> tuple:
+    """`dense` and its optimiser, constant rate after the warm-up unless the recipe has `decay_steps`."""
+    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
+    optimizer = optim.adamw(
+        recipe.learning_rate, warmup=recipe.warmup, decay=decay, weight_decay=recipe.weight_decay, b2=recipe.b2
+    )
+    return optim.dense(supervise, optimizer, micro_batches=recipe.micro_batches), optimizer
+
+
+def online(student: LanguageModel, teacher: LanguageModel, teacher_params, how: SamplingParams, recipe) -> tuple:
+    """Standard OPD: the student's own answers, the teacher's distribution (or log-prob) at every token of them."""
+    sample = answer(student, how, recipe.group)
+    if recipe.divergence == "sampled":
+        own = lightning_opd.supervise(student.hidden, head_fn=student.head, objective="online", clip=recipe.clip)
+        label = _logp_labels(teacher)
+    else:
+        options = Options(parameter=recipe.get("parameter"))
+        head = teacher.head(teacher_params)
+        own = opd.supervise(student.hidden, student.head, head, divergence=recipe.divergence, options=options)
+        label = states_of(teacher)
+    update, optimizer = update_of(own, recipe)
+    return Method(sample, label, update), optimizer
+
+
+def remote_online(student: LanguageModel, server, keep: Path, how: SamplingParams, recipe) -> tuple:
+    """Standard OPD from the sampled tokens' log-probs of a teacher behind a server (`teachers.remote`)."""
+    own = lightning_opd.supervise(student.hidden, head_fn=student.head, objective="online", clip=recipe.clip)
+    update, optimizer = update_of(own, recipe)
+    return Method(answer(student, how, recipe.group), lambda _, rollout: server.label(rollout, keep), update), optimizer
+
+
+def lightning(student: LanguageModel, recipe) -> tuple:
+    """Lightning OPD: stored answers and log-probs; no teacher."""
+    own = lightning_opd.supervise(
+        student.hidden, head_fn=student.head, objective="offline", weighting=recipe.weighting, clip=recipe.clip
+    )
+    update, optimizer = update_of(own, recipe)
+    return Method(lookup.rollout, lookup.labels, update), optimizer
+
+
+def off_policy(student: LanguageModel, teacher: LanguageModel, teacher_params, recipe) -> tuple:
+    """Distillation on the teacher's own answers: its whole distribution at every token (supervised KD)."""
+    own = opd.supervise(student.hidden, student.head, teacher.head(teacher_params), divergence="forward_kl")
+    update, optimizer = update_of(own, recipe)
+    return Method(lookup.rollout, states_of(teacher), update), optimizer
+
+
+def grpo(student: LanguageModel, language: Language, problems: Problems, how: SamplingParams, recipe) -> tuple:
+    """The outcome alone, against the other answers to the same prompt."""
+    update, optimizer = update_of(policy_gradient.token_grpo(student.hidden, head_fn=student.head), recipe)
+    label = _reward_labels(language, problems, recipe.group)
+    return Method(answer(student, how, recipe.group), label, update), optimizer
+
+
+def sft(student: LanguageModel, recipe) -> tuple:
+    """Supervised on stored answers."""
+    update, optimizer = update_of(cross_entropy.supervise(student.hidden, head_fn=student.head), recipe)
+    return Method(lookup.rollout, lambda _, rollout: None, update), optimizer
