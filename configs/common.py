@@ -66,10 +66,10 @@ def language_experiment() -> ConfigDict:
             "temperature": 1.0,
             "top_k": 0,
             "top_p": 1.0,
-            "steps": 200,  # 0: the student as it is
+            "steps": 300,  # 0: the student as it is
             "batch_size": 64,
             "learning_rate": 2e-3,
-            "decay_steps": 100,
+            "decay_steps": 150,
         } | optimizer,
         "opd": {  # of every arm, if it says nothing else
             "method": "online",  # online, lightning, off_policy, grpo, sft
@@ -81,10 +81,10 @@ def language_experiment() -> ConfigDict:
             "parameter": None,  # of the divergence
             "weighting": "unit",  # lightning: unit, reference, sampling
             "clip": 10.0,  # of the advantage, in nats
-            "steps": 150,
-            "batch_size": 128,  # prompts of an update
+            "steps": 100,
+            "batch_size": 64,  # prompts of an update
             "group": 1,  # answers per prompt
-            "learning_rate": 1e-3,
+            "learning_rate": 3e-4,
         } | optimizer,
         "shard": 512,  # problems per shard of a store
         "eval": {

@@ -22,8 +22,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.arms = {
         "online": {"method": "online"},
         "lightning": {"method": "lightning"},
+        "lightning_weighted": {"method": "lightning", "weighting": "reference"},  # tokens by pi_S / pi_ref; ours
         "off_policy": {"method": "off_policy"},  # the teacher's distribution on the teacher's answers
-        "grpo": {"method": "grpo", "group": 8, "batch_size": 16, "learning_rate": 2e-4},
+        "grpo": {"method": "grpo", "group": 8, "batch_size": 16, "learning_rate": 1e-4},
         # METHOD_A_B: SFT data of teacher A, labels of teacher B
         "online_own_other": {"teacher": "other"} | ablation,
         "lightning_own_other": {"method": "lightning", "teacher": "other"} | ablation,
