@@ -2,10 +2,11 @@
 
     python experiments/main.py --config=configs/scenes_base.py --workdir=runs/scenes_base
 
-It learns from pairs as a crawler finds them: some captions err in one thing, three in ten pictures are spoilt. The
-first phase learns to draw what a caption says, the second, of worse captions, not to care too much. So the base knows
-how to draw everything, yet often draws something else, as the base models of the papers do. `stages/web-*.safetensors`
-is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`; wall time and figures: `docs/results.md`.
+It learns from pairs as a crawler finds them: some captions err in one thing, some belong to another picture, many
+pictures are spoilt. The first phase, `draw`, learns to draw what a caption says; `web` and `crawl`, of worse pairs, not
+to care too much. So the base knows how to draw everything, yet often draws something else, as the base models of the
+papers do. `stages/crawl-*.safetensors` is shipped as `opd_jax/worlds/weights/scenes_base.safetensors`; wall time and
+figures: `docs/results.md`. A phase whose file is in the workdir needs none before it.
 """
 
 from ml_collections import ConfigDict
