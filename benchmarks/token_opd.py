@@ -136,7 +136,9 @@ def torch_peer(paths, prompts, args):
         optimizer.step()
         sync()
 
-    return {"sample": sample, "step": step}, lambda tokens: float(loss(torch.tensor(tokens, device=device).long()))
+    return {"sample": sample, "step": step}, lambda tokens: float(
+        loss(torch.tensor(tokens, device=device).long()).detach()
+    )
 
 
 def timed(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
