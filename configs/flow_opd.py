@@ -25,30 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "model": common.scene_model(),
         "lora": {"pattern": r"(attn|ff|ff_context)/\w+/kernel", "rank": 8, "scale": 2.0},  # scale = alpha / rank
         "sampler": {"kind": "sde", "steps": 10, "shift": 2.0, "double_shift": False, "noise_level": 0.7},
-        "grpo": {
-            "method": "awm",  # a picture's likelihood by the loss on it; or "flow_grpo", by the steps that led to it
-            "steps": 60,
-            "prompts": 16,
-            "group": 12,
-            "learning_rate": 5e-3,
-            "warmup": 5,
-            "updates": 1,
-            "micro_batches": 1,
-            "ema_decay": 0.9,
-            "warm_start": {  # SFT on clean pairs of its own prompts comes first
-                "steps": 0, "pairs": 64, "learning_rate": 4e-3, "warmup": 20, "decay_steps": 600, "ema_decay": 0.99,
-            },
-            "awm": {"draws": 2, "time_center": 0.7, "time_spread": 1.2, "beta": 0.1},  # beta holds to the start
-            "flow_grpo": {
-                "kind": "cps",
-                "noise_level": 0.8,
-                "window": 3,  # stochastic, trained steps, somewhere in the first half
-                "same_start": True,  # a group shares its first noise, so its rewards differ by what is trained alone
-                "balanced": True,  # early steps, which decide what is drawn, count as much as late ones
-                "clip": 1e-4,
-                "beta": 0.01,  # weight of the KL to the start, in nats per element
-            },
-        },
+        "grpo": _grpo(),
         "teachers": {  # name: its prompts, the reward each is judged by, and what it changes in `grpo`
             "composition": {
                 "prompts": ("composition",),
@@ -74,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "rewards": ("composition", "ocr", "quality", "quality"),
             "steps": 220,  # as many as its three competitors have together
             "learning_rate": 5e-4,  # collapses at 1.5e-3
-            "warm_start": {"steps": 1_200},
+            "warm_start": {"steps": 1_200},  # of both tasks: with composition alone it forgets its letters for good
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
@@ -84,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "steps": 60,
             "prompts": 16,
             "group": 2,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "warmup": 3,
             "micro_batches": 1,
             "ema_decay": 0.8,
@@ -112,14 +89,43 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config.lock()
 
 
+def _grpo() -> ConfigDict:
+    """How every specialist and GRPO-mix are trained, where their part says nothing else."""
+    return ConfigDict({
+        "method": "awm",  # a picture's likelihood by the loss on it; or "flow_grpo", by the steps that led to it
+        "steps": 60,
+        "prompts": 16,
+        "group": 12,
+        "learning_rate": 5e-3,
+        "warmup": 5,
+        "updates": 1,
+        "micro_batches": 1,
+        "ema_decay": 0.9,
+        "warm_start": {  # SFT on clean pairs of its own prompts comes first
+            "steps": 0, "pairs": 64, "learning_rate": 4e-3, "warmup": 20, "decay_steps": 600, "ema_decay": 0.99,
+        },
+        "awm": {"draws": 2, "time_center": 0.7, "time_spread": 1.2, "beta": 0.1},  # beta holds to the start
+        "flow_grpo": {
+            "kind": "cps",
+            "noise_level": 0.8,
+            "window": 3,  # stochastic, trained steps, somewhere in the first half
+            "same_start": True,  # a group shares its first noise, so its rewards differ by what is trained alone
+            "balanced": True,  # early steps, which decide what is drawn, count as much as late ones
+            "clip": 1e-4,
+            "beta": 0.01,  # weight of the KL to the start, in nats per element
+        },
+    })  # fmt: skip
+
+
 def _tiny(config: ConfigDict) -> None:
     config.shipped = False
     config.model.num_layers = 1
     config.sampler.steps = 4
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2})
-    for part in (config.grpo_mix, config.teachers.composition):
-        part.update({"steps": 2, "warm_start": {"steps": 2}})
+    for part in (config.grpo_mix, *config.teachers.values()):
+        part.update({"steps": 2} if "steps" in part else {})
+        part.update({"warm_start": {"steps": 2}} if "warm_start" in part else {})
     config.grpo.warm_start.update({"pairs": 4, "warmup": 0, "decay_steps": 1})
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})

@@ -1,6 +1,9 @@
 """The experiment's pieces: shipped weights, stages, routing, and one step on one device and on eight."""
 
+import functools
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +229,24 @@ def test_config_pieces_agree():
     assert flow_opd.get_config().model.to_dict() == common.scene_model().to_dict()
     with pytest.raises(ValueError, match="no_such"):
         flow_opd.get_config("no_such")
+
+
+def test_the_guide_states_the_defaults():
+    """Every row of the guide's table that has one key has the value of the config."""
+    guide = (Path(__file__).parents[2] / "docs" / "flow_opd.md").read_text()
+    stated = dict(re.findall(r"^\| `([a-z_.]+)` \| ([^|]+) \|", guide.partition("## Settings")[2], re.MULTILINE))
+    config, checked = flow_opd.get_config(), 0
+    for key, value in stated.items():
+        actual = functools.reduce(lambda part, name: part[name], key.split("."), config)
+        if isinstance(actual, (bool, int, float, str)):
+            assert value == str(actual), key
+            checked += 1
+    assert checked > 25
+
+
+def test_tiny_is_tiny_in_every_stage():
+    """A specialist's own number of steps does not slip through."""
+    config = flow_opd.get_config("tiny")
+    recipes = [experiment.grpo_recipe(config, part) for part in experiment.grpo_parts(config).values()]
+    recipes += [experiment.arm_recipe(config, name) for name in config.arms]
+    assert all(recipe.steps <= 2 and recipe.get("warm_start", recipe).steps <= 2 for recipe in recipes)
