@@ -2,7 +2,7 @@
 
     python experiments/main.py --config=configs/flow_opd.py            # minutes on two cores, from the shipped teachers
     python experiments/main.py --config=configs/flow_opd.py:full       # makes teachers and GRPO-mix again
-    python experiments/main.py --config=configs/flow_opd.py:tiny       # every stage, a few steps, under a minute
+    python experiments/main.py --config=configs/flow_opd.py:tiny       # every stage, a few steps
 
 Wall time, machine and the numbers to expect are in `docs/results.md`, with the command that printed them.
 """
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "rewards": ("composition", "ocr", "quality", "quality"),
             "steps": 220,  # as many as its three competitors have together
             "learning_rate": 5e-4,  # collapses at 1.5e-3
-            "warm_start": {"steps": 1_200},  # of both tasks: with composition alone it forgets its letters for good
+            "warm_start": {"steps": 1_200},  # of both tasks: after composition alone it wrote no letters any more
         },
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
@@ -124,8 +124,9 @@ def _tiny(config: ConfigDict) -> None:
     config.lora.rank = 2
     config.grpo.update({"steps": 2, "prompts": 2, "group": 2})
     for part in (config.grpo_mix, *config.teachers.values()):
-        part.update({"steps": 2} if "steps" in part else {})
-        part.update({"warm_start": {"steps": 2}} if "warm_start" in part else {})
+        part.steps = 2
+        if "warm_start" in part:
+            part.warm_start.steps = 2
     config.grpo.warm_start.update({"pairs": 4, "warmup": 0, "decay_steps": 1})
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})

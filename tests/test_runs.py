@@ -6,30 +6,29 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMPILED = tempfile.TemporaryDirectory()  # programs are compiled once for all processes that are started here
-ENVIRONMENT = {
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-} | {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}  # fmt: skip
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 BASE = "--config=configs/scenes_base.py:tiny"
 
 
-def start(*arguments, script="experiments/main.py"):
-    command = [sys.executable, script, *map(str, arguments)]
+def start(*arguments, script="experiments/main.py", compiled=None):
+    """A program in its own process; `compiled` is a folder where it keeps its compiled programs for the next one."""
+    command, environment = [sys.executable, script, *map(str, arguments)], ENVIRONMENT
+    if compiled is not None:
+        keep_all = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        environment = environment | keep_all | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def run(*arguments, script="experiments/main.py"):
-    process = start(*arguments, script=script)
+def run(*arguments, **how):
+    process = start(*arguments, **how)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -104,17 +103,17 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(base_run, tmp_path, s
 def test_killed_between_and_within_stages(tmp_path, name, killed_in):
     """The many-stage runs: killed as soon as a given stage writes its first metrics, then resumed."""
     config = f"--config=configs/{name}.py:tiny"
-    code, _, err = run(config, f"--workdir={tmp_path / 'whole'}")
+    compiled, workdir = tmp_path / "compiled", tmp_path / "run"
+    code, _, err = run(config, f"--workdir={tmp_path / 'whole'}", compiled=compiled)
     assert code == 0, err[-2000:]
-    workdir = tmp_path / "run"
     for stage in killed_in:
-        process = start(config, f"--workdir={workdir}", "--resume")
+        process = start(config, f"--workdir={workdir}", "--resume", compiled=compiled)
         log, limit = workdir / "metrics.jsonl", time.time() + 300
         while time.time() < limit and not (log.exists() and f'"{stage}"' in log.read_text()):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    code, _, err = run(config, f"--workdir={workdir}", "--resume")
+    code, _, err = run(config, f"--workdir={workdir}", "--resume", compiled=compiled)
     assert code == 0, err[-2000:]
     whole, resumed = (json.loads((w / "summary.json").read_text()) for w in (tmp_path / "whole", workdir))
     assert resumed["params_sha256_of"] == whole["params_sha256_of"]
