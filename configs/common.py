@@ -50,15 +50,15 @@ def language_experiment() -> ConfigDict:
         },
         "problems": {  # that are answered on-policy; "": the embedded world's
             "path": "",
-            "count": 2_048,  # 0: all of the file
+            "count": 8_192,  # 0: all of the file
             "levels": (1, 2, 3),
             "seed": 17,
             "template": "{prompt}",
             "chat": False,
-            "prompt_tokens": 24,  # room for a prompt; level 5 needs 48
+            "prompt_tokens": 20,  # room for a prompt; level 5 needs 48
         },
         "sampler": {  # of rollouts, online and stored alike; level 5 needs 96 tokens
-            "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 48, "slots": 128,
+            "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 44, "slots": 128,
         },
         "sft": {
             "path": "",  # problems of the teacher's answers, if not those of `problems`
@@ -80,15 +80,16 @@ def language_experiment() -> ConfigDict:
             "divergence": "sampled",  # online: of the sampled token, or exact: reverse_kl, forward_kl, ...
             "parameter": None,  # of the divergence
             "weighting": "unit",  # lightning: unit, reference, sampling
-            "clip": 10.0,  # of the advantage, in nats
-            "steps": 100,
-            "batch_size": 64,  # prompts of an update
+            "clip": 0.3,  # of the advantage, in nats; at the paper's 10, batches this small led offline arms astray
+            "steps": 120,
+            "batch_size": 128,  # prompts of an update
             "group": 1,  # answers per prompt
             "learning_rate": 3e-4,
         } | optimizer,
-        "shard": 512,  # problems per shard of a store
+        "shard": 1_024,  # problems per shard of a store
         "eval": {
-            "path": "", "problems": 512, "seed": 1234, "temperature": 0.6, "top_k": 0, "top_p": 0.95,
+            "path": "", "problems": 1_024, "seed": 1234, "temperature": 0.6, "top_k": 0, "top_p": 0.95,
+            "held_out": True,  # False: problems of the training split, to choose settings on; embedded world only
         },
         "save_every": 50,
         "fsdp": False,  # True: parameters split over the devices

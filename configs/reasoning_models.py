@@ -3,7 +3,7 @@
     python experiments/main.py --config=configs/reasoning_models.py --workdir=runs/reasoning_models
 
 `teacher` writes solutions in the style "steps", up to three steps; `other` goes on from it, in the style "states";
-`student` is small and has seen easy problems only, in both styles. The last phase of each is shipped as
+`student` is smaller and has seen both styles, so that it mixes them. The last phase of each is shipped as
 `opd_jax/worlds/weights/reasoning_NAME.safetensors`; wall time and figures: `docs/results.md`.
 """
 
@@ -46,10 +46,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "model": common.reasoning_model(width=96, layers=2),
                 "start": "",
                 "styles": ("steps", "states"),
-                "levels": (1, 2),
-                "steps": 700,
+                "levels": (1, 2, 3),
+                "steps": 2_000,
                 "learning_rate": 4e-3,
-                "decay_steps": 300,
+                "decay_steps": 1_200,
             },
         },
         "eval": {"problems": 256, "seed": 1234},

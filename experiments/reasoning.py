@@ -44,6 +44,7 @@ def validate(config, mesh) -> None:
                 not part.path or (Path(part.path) / "config.json").exists(), f"{key}.path={part.path}: no config.json"
             )
         check(embedded or config.eval.path, "eval.path='': give a JSONL file of held-out problems")
+        check(embedded or config.eval.held_out, "eval.held_out=False: problems.path has no splits; give eval.path")
         levels = set(problems.levels) <= set(LEVELS)
         check(levels, f"problems.levels={problems.levels}: choose of {LEVELS}")
         sizes = {"opd.batch_size": config.opd.batch_size, "sft.batch_size": config.sft.batch_size}
@@ -154,6 +155,7 @@ def table(rows: list[Row]) -> list[dict]:
 def write(experiment: Experiment, rows: list[Row], made: dict[str, stages.Made], began: float) -> None:
     """summary.json, report.html and the table on the terminal."""
     workdir, found = experiment.workdir, table(rows)
+    split = "Held-out" if experiment.config.eval.held_out else "Training"
     timings = {name: one.seconds for name, one in made.items()}
     main = made.get("lightning") or list(made.values())[-1]
     summary = {
@@ -167,7 +169,7 @@ def write(experiment: Experiment, rows: list[Row], made: dict[str, stages.Made],
         workdir / "report.html",
         title="On-policy distillation of a language model",
         command=experiment.about["command"],
-        tables={"Held-out problems": found, "Answers to held-out problems": answers(experiment, rows)},
+        tables={f"{split} problems": found, f"Answers to {split.lower()} problems": answers(experiment, rows)},
         curves=report.curves_from(metrics.read_metrics(workdir), LOGGED),
         timings=timings,
         versions=versions(),
@@ -183,7 +185,7 @@ def write(experiment: Experiment, rows: list[Row], made: dict[str, stages.Made],
 
 
 def answers(experiment: Experiment, rows: list[Row], count: int = 4) -> list[dict]:
-    """What every model said to the first held-out problems, a column each."""
+    """What every model said to the first problems that are scored, a column each."""
     problems = experiment.problems["eval"]
     asked = [experiment.language.decode(ids).strip() for ids in problems.ids[:count]]
     said = {"right answer": problems.answers} | {row.name: row.scored[0].texts for row in rows}

@@ -81,7 +81,7 @@ class Experiment:
         self.problems = {
             "sft": draw(config.sft.answers, seed, levels),
             "opd": draw(config.problems.count, seed + 1, levels),
-            "eval": draw(config.eval.problems, config.eval.seed, levels, test=True),
+            "eval": draw(config.eval.problems, config.eval.seed, levels, test=config.eval.held_out),
         }
         longest = max(len(ids) for problems in self.problems.values() for ids in problems.ids)
         if longest > self.room:

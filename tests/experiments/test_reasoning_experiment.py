@@ -161,6 +161,13 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     assert rollout.tokens[rollout.response].max() < 7 < world_size
 
 
+def test_settings_can_be_chosen_on_training_problems(tmp_path):
+    for held_out in (True, False):
+        config = changed(lightning_opd.get_config("tiny"), eval__held_out=held_out)
+        asked = reasoning_stages.Experiment(config, tmp_path, mesh_of(2)).problems["eval"].ids
+        assert {world.parse(world.decode(ids)).is_test for ids in asked} == {held_out}
+
+
 # ---- a user's directories --------------------------------------------------------------------------------------------
 
 
