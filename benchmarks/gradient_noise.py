@@ -11,10 +11,7 @@ all batches and that of the exact reverse KL; `norm` that of the mean, and `per 
 """
 
 import argparse
-import os
 from pathlib import Path
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false")
 
 import jax
 import numpy as np
@@ -52,7 +49,6 @@ def main() -> None:
     if not (args.workdir / "stages").is_dir():
         parser.error(f"{args.workdir}: holds no stages; give the workdir of a run of configs/lightning_opd.py")
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as experiments/main.py
     config = lightning_config.get_config()
     mesh = sharding.make_mesh(config.mesh)
     experiment = Experiment(config, args.workdir, mesh)
