@@ -2,7 +2,7 @@
 """How much of a batch's gradient is noise: the sampled token's estimate, by its clip, beside the exact reverse KL.
 
     python experiments/main.py --config=configs/lightning_opd.py --workdir=runs/lightning
-    python benchmarks/gradient_noise.py runs/lightning      # a minute; what the run has made is not made again
+    python benchmarks/gradient_noise.py runs/lightning      # two minutes; what the run has made is not made again
 
 At the SFT'd student and on its stored answers, where `offline` and `online` have one and the same gradient. Columns:
 `agreement` is the cosine between the gradients of two batches that share no prompt, mean and standard deviation over
@@ -49,7 +49,9 @@ def main() -> None:
     if not (args.workdir / "stages").is_dir():
         parser.error(f"{args.workdir}: holds no stages; give the workdir of a run of configs/lightning_opd.py")
 
-    config = lightning_config.get_config()
+    config, answers = lightning_config.get_config(), args.batch * args.batches
+    if answers > config.problems.count:
+        parser.error(f"{answers} answers: batches would share prompts; ask for {config.problems.count} or fewer")
     mesh = sharding.make_mesh(config.mesh)
     experiment = Experiment(config, args.workdir, mesh)
     student, own = experiment.student, experiment.teachers["own"]

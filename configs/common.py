@@ -80,7 +80,7 @@ def language_experiment() -> ConfigDict:
             "divergence": "sampled",  # online: of the sampled token, or exact: reverse_kl, forward_kl, ...
             "parameter": None,  # of the divergence
             "weighting": "unit",  # lightning: unit, reference, sampling
-            "clip": 0.3,  # of the advantage, in nats; at the paper's 10, batches this small led offline arms astray
+            "clip": 0.3,  # of the advantage, in nats; the paper's 10 led offline arms astray in batches of 64
             "steps": 120,
             "batch_size": 128,  # prompts of an update
             "group": 1,  # answers per prompt
