@@ -93,6 +93,7 @@ def language_experiment() -> ConfigDict:
         },
         "save_every": 50,
         "fsdp": False,  # True: parameters split over the devices
+        "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
     })  # fmt: skip
 
@@ -105,7 +106,7 @@ def tiny_language(config: ConfigDict) -> None:
     config.eval.update({"temperature": 1.0, "top_p": 1.0})  # as the other samplers, so that less is compiled
     config.sft.update({"steps": 2, "batch_size": 4, "decay_steps": 0, "warmup": 0})
     config.opd.update({"steps": 2, "batch_size": 4, "warmup": 0})
-    config.update({"shard": 4, "save_every": 1})
+    config.update({"shard": 4, "save_every": 1, "compile_quickly": True})
     for arm in config.arms.values():
         arm.update({key: 2 for key in ("batch_size", "group") if key in arm})
 

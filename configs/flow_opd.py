@@ -83,6 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"prompts": 192, "steps": 20, "shift": 2.0, "seed": 1234},
         "save_every": 20,
+        "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
     })  # fmt: skip
     {"tiny": _tiny, "full": _full, "seeds": _seeds, "paper": _paper}.get(variant, lambda _: None)(config)
@@ -130,7 +131,7 @@ def _tiny(config: ConfigDict) -> None:
     config.grpo.warm_start.update({"pairs": 4, "warmup": 0, "decay_steps": 1})
     config.opd.update({"steps": 2, "prompts": 2, "group": 2})
     config.eval.update({"prompts": 4, "steps": 2})
-    config.save_every = 1
+    config.update({"save_every": 1, "compile_quickly": True})
     for name in set(config.arms) - {"flow_opd", "offline", "after_sft"}:
         del config.arms[name]
 

@@ -54,10 +54,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"problems": 256, "seed": 1234},
         "save_every": 500,
+        "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
     })  # fmt: skip
     if variant == "tiny":
-        config.update({"warmup": 1, "rows": 4, "save_every": 2})
+        config.update({"warmup": 1, "rows": 4, "save_every": 2, "compile_quickly": True})
         for model in config.models.values():
             model.update({"steps": 3, "decay_steps": 1})
             model.model.num_layers = 1

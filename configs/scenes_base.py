@@ -50,10 +50,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "save_every": 500,
         "eval": {"prompts": 256, "steps": 20, "shift": 2.0, "seed": 1234},
+        "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
     })  # fmt: skip
     if variant == "tiny":
-        config.update({"warmup": 2, "batch_size": 16, "save_every": 3})
+        config.update({"warmup": 2, "batch_size": 16, "save_every": 3, "compile_quickly": True})
         for phase in config.phases:
             config[phase].update({"steps": 6, "decay_steps": 2})
         config.eval.update({"prompts": 8, "steps": 3})

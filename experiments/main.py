@@ -40,6 +40,7 @@ def main(argv) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
+    jax.config.update("jax_disable_most_optimizations", config.compile_quickly)
     experiment = importlib.import_module(f"experiments.{config.experiment}")
     mesh = sharding.make_mesh(config.mesh)
     experiment.validate(config, mesh)

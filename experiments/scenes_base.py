@@ -42,8 +42,9 @@ def phase_of(config, name: str):
 
 
 def settings(phase) -> dict:
-    """What the parameters depend on: all but how they are judged, saved and spread over devices."""
-    return {key: value for key, value in phase.to_dict().items() if key not in ("eval", "save_every", "mesh")}
+    """What the parameters depend on: all but how they are judged, saved, compiled and spread over devices."""
+    others = ("eval", "save_every", "mesh", "compile_quickly")
+    return {key: value for key, value in phase.to_dict().items() if key not in others}
 
 
 def found(phase) -> dict:

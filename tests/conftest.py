@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # most of a test is compilation; this halves the suite
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # as experiments/main.py: collectives can wait for each other
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 
