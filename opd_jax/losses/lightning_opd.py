@@ -31,6 +31,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from opd_jax.losses.outcomes import order_violation, sides
 from opd_jax.losses.token_logp import token_logp
 from opd_jax.types import PyTree, Supervise, Weighted
 
@@ -167,20 +168,12 @@ def _supervise(s: _Settings, apply_fn, student_params, rollout, labels: Lightnin
     if s.weighting != "unit":
         metrics["ratio_clip_fraction"] = mean(ratio > s.max_ratio)
     if labels.outcome is not None:
-        metrics["order_violation"] = _order_violation(mean(advantage), labels.outcome, rollout.group)
+        metrics["order_violation"] = order_violation(sides(labels.outcome, rollout.group), mean(advantage))
     total, weight = jnp.where(counted, loss, 0.0).sum(1), count
     if s.reduction == "record":
         total, weight = total / jnp.maximum(count, 1), (count > 0).astype(jnp.float32)
     spread = {"log_ratio": jnp.where(counted, advantage, jnp.nan)}
     return Weighted(total, weight, *jax.lax.stop_gradient((metrics, spread)))
-
-
-def _order_violation(score: Float[Array, "B"], outcome: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:
-    same = group[:, None] == group[None]
-    pair = same & (outcome == 1)[:, None] & (outcome == 0)[None]  # [correct, incorrect] of one prompt
-    misordered = pair & (score[:, None] < score[None])
-    violates = misordered.any(1) | misordered.any(0)
-    return (same & violates[None]).any(1).astype(jnp.float32)
 
 
 def residual_teacher_logp(
