@@ -89,36 +89,57 @@ def collate(records: Sequence[Record], length: int, payload: Sequence[str] = ())
 class Batches:
     """A random-access source whose batch i is a function of (seed, i): epochs of all records, each in a new order."""
 
-    def __init__(self, store: Store, batch_size: int, seed: int, buckets: Sequence[int] | None, payload: Sequence[str]):
-        self.store, self.batch_size, self.seed, self.payload = store, batch_size, seed, payload
-        self.lengths = store.manifest.lengths
-        self.buckets = sorted(buckets or [int(self.lengths.max())])
-        if self.buckets[-1] < self.lengths.max():
-            raise ConfigError(f"buckets={self.buckets}: the store holds {self.lengths.max()} tokens; add that length")
+    def __init__(
+        self,
+        store: Store,
+        batch_size: int,
+        seed: int,
+        buckets: Sequence[int] | None,
+        payload: Sequence[str],
+        whole_groups: bool = False,
+    ):
+        self.store, self.seed, self.payload = store, seed, payload
+        lengths = store.manifest.lengths
+        self.buckets = sorted(buckets or [int(lengths.max())])
+        if self.buckets[-1] < lengths.max():
+            raise ConfigError(f"buckets={self.buckets}: the store holds {lengths.max()} tokens; add that length")
         if not 1 <= batch_size <= len(store):
             raise ConfigError(f"batch_size={batch_size}: the store has {len(store)} records; use 1 to that many")
+        self.units = _groups_of(store) if whole_groups else np.arange(len(store))[:, None]  # records that stay together
+        if batch_size % self.units.shape[1]:
+            raise ConfigError(f"batch_size={batch_size}: whole groups have {self.units.shape[1]}; use a multiple")
+        self.lengths, self.batch_units = lengths[self.units].max(1), batch_size // self.units.shape[1]
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def __len__(self) -> int:
         return 2**40
 
     def __getitem__(self, index: int) -> StoredBatch:
-        epoch, place = divmod(int(index), len(self.store) // self.batch_size)
+        epoch, place = divmod(int(index), len(self.units) // self.batch_units)
         length, ids = self._plan(epoch)[place]
-        return collate([self.store[i] for i in ids.tolist()], length, self.payload)
+        return collate([self.store[i] for i in self.units[ids].ravel().tolist()], length, self.payload)
 
     def _make_plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """Padded length and records of every batch. What fills no batch of its bucket goes to the next longer one."""
+        """Padded length and units of every batch. What fills no batch of its bucket goes to the next longer one."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
         bucket = np.searchsorted(self.buckets, self.lengths[order])
         plan, left = [], order[:0]
         for b, length in enumerate(self.buckets):
             ids = np.concatenate([left, order[bucket == b]])
-            whole = len(ids) - len(ids) % self.batch_size
-            plan += [(length, part) for part in ids[:whole].reshape(-1, self.batch_size)]
+            whole = len(ids) - len(ids) % self.batch_units
+            plan += [(length, part) for part in ids[:whole].reshape(-1, self.batch_units)]
             left = ids[whole:]
         return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def _groups_of(store: Store) -> np.ndarray:
+    """Records of each group, `[groups, G]`."""
+    group = np.array([record.group for record in store])
+    names, sizes = np.unique(group, return_counts=True)
+    if len(set(sizes.tolist())) > 1:
+        raise ConfigError(f"groups of {sizes.min()} to {sizes.max()} records: whole groups must be of one size")
+    return np.argsort(group, kind="stable").reshape(len(names), -1)
 
 
 def batches(
@@ -130,6 +151,7 @@ def batches(
     payload: Sequence[str] = (),
     place: Callable[[StoredBatch], Any] = lambda batch: batch,
     threads: int = 1,
+    whole_groups: bool = False,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches with `get_state()` and `set_state()`, for the loop; the same whatever `threads` is.
 
@@ -139,11 +161,13 @@ def batches(
         buckets: lengths that batches are padded to, in place of the longest record's; one compilation for each.
         payload: names of the payloads wanted.
         place: puts a batch where it is used, ahead of time, as in `data.batches`.
+        whole_groups: the answers to one prompt come together, for losses that compare them.
 
     Raises:
-        ConfigError: more records per batch than there are, or a longest bucket shorter than the longest record.
+        ConfigError: more records per batch than there are, a longest bucket shorter than the longest record, or whole
+            groups that differ in size or do not divide the batch.
     """
-    source = Batches(store, batch_size, seed, buckets, payload)
+    source = Batches(store, batch_size, seed, buckets, payload, whole_groups)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.source(source).map(place).to_iter_dataset(options))
 

@@ -285,6 +285,19 @@ def test_an_epoch_visits_every_record_once(store):
         assert sorted(first) == sorted(second) == sorted(r.tokens.tobytes() for r in store) and first != second
 
 
+def test_whole_groups_come_together(store):
+    """Records 2i and 2i + 1 answer one prompt: both are in a batch or neither, and an epoch has each prompt once."""
+    iterator = lookup.batches(store, 4, seed=0, whole_groups=True)
+    seen = []
+    for _ in range(3):
+        batch = next(iterator)
+        names, counts = np.unique(batch.group, return_counts=True)
+        assert (counts == 2).all()
+        seen += names.tolist()
+    assert sorted(seen) == list(range(6))
+    refused("whole groups have", lookup.batches, store, 3, seed=0, whole_groups=True)
+
+
 def test_buckets(store):
     batches = take(lookup.batches(store, 2, seed=0, buckets=(5, 8, 16)), 6)
     shapes = [batch.tokens.shape[1] for batch in batches]
