@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, tokenizer_fingerprint
-from opd_jax.rewards import maths
+from opd_jax.rewards import maths, verify
 from opd_jax.sampling import tokens as sampling
 from opd_jax.sampling.tokens import SamplingParams
 from opd_jax.types import PyTree, TokenRollout
@@ -29,14 +29,16 @@ class Language(NamedTuple):
     stop_ids: tuple[int, ...]
     pad_id: int
     decode: Callable[[np.ndarray], str]
-    correct: Callable[[str, str], float]  # (completion, answer) -> 1 or 0
+    correct: verify.Verifier  # (completion, answer) -> 1 or 0, or Unverified
+    threads: int | None = 1  # that verify side by side; None: one for each processor
 
 
 class Problems(NamedTuple):
     """Prompts as ids, and what is checked; a problem is known by its index."""
 
     ids: list[np.ndarray]
-    answers: list[str]  # "" where there is none: the outcome is unknown
+    answers: list  # what the verifier takes beside a completion; "" where there is none: the outcome is unknown
+    tasks: list[int] | None = None  # which route to their teachers, where there are several
 
 
 class LanguageModel(NamedTuple):
@@ -121,6 +123,7 @@ def load_tokenizer(directory: str):
 def directory_language(directory: str, tokenizer) -> Language:
     """That of a Hugging Face directory: answers are compared as mathematics."""
     config = json.loads((Path(directory) / "config.json").read_text())
+    config |= config.get("text_config", {})  # of a vision-language model
     generation = Path(directory) / "generation_config.json"
     stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
     stops = stops if stops is not None else config.get("eos_token_id")
@@ -182,10 +185,19 @@ def load_directory(directory: str, mesh) -> tuple[Decoder, PyTree]:
 
 
 def answer_all(
-    model: LanguageModel, params: PyTree, problems: Problems, room: int, how: SamplingParams, key, *, slots: int, mesh
+    model: LanguageModel,
+    params: PyTree,
+    problems: Problems,
+    room: int,
+    how: SamplingParams,
+    key,
+    *,
+    slots: int,
+    mesh,
+    samples: int = 1,
 ) -> TokenRollout:
-    """One answer to every problem, in their order, through slots that are filled again; numpy arrays."""
-    prompts = sampling.as_prompts(problems.ids, room, key)
+    """`samples` answers to every problem, in their order, through slots that are filled again; numpy arrays."""
+    prompts = sampling.as_prompts(problems.ids, room, key, problems.tasks, samples)
     devices = 1 if mesh is None else mesh.shape["data"]
     admit = max(slots // 2 // devices, 1) * devices
     rollout = sampling.generate_in_slots(
@@ -200,12 +212,16 @@ def completions(language: Language, rollout: TokenRollout) -> list[str]:
     return [language.decode(row[counted]) for row, counted in zip(tokens, response)]
 
 
-def outcomes(language: Language, problems: Problems, rollout: TokenRollout) -> np.ndarray:
-    """1 where the final answer is right, 0 where it is not, NaN where none is known. `group` is a problem's index."""
+def verdicts(language: Language, problems: Problems, rollout: TokenRollout) -> verify.Verdicts:
+    """Whether every final answer is right, and why some are unknown. `group` is a problem's index."""
     answers = [problems.answers[i] for i in np.asarray(rollout.group)]
     texts = completions(language, rollout)
-    right = [language.correct(text, answer) if answer else np.nan for text, answer in zip(texts, answers)]
-    return np.asarray(right, np.float32)
+    return verify.verdicts(lambda _: language.correct, texts, answers, [""] * len(texts), threads=language.threads)
+
+
+def outcomes(language: Language, problems: Problems, rollout: TokenRollout) -> np.ndarray:
+    """1 where the final answer is right, 0 where it is not, NaN where that is unknown."""
+    return verdicts(language, problems, rollout).outcome
 
 
 def summary(language: Language, problems: Problems, rollout: TokenRollout) -> dict[str, float]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 LONGEST = 1000  # characters of an answer
 MEMORY = 4 << 30  # bytes a worker may take
@@ -64,7 +65,7 @@ def correct(completion: str, answer: str, seconds: float = 5.0) -> float:
     | completion | reward |
     | --- | --- |
     | no final answer, an unclosed box, text that is no mathematics and not the reference itself | 0.0 |
-    | a comparison that takes longer than `seconds`, or all memory | 0.0 |
+    | a comparison that takes longer than `seconds`, or all memory: nobody knows | Unverified |
     | several boxes | the last counts |
 
     Args:
@@ -76,6 +77,7 @@ def correct(completion: str, answer: str, seconds: float = 5.0) -> float:
 
     Raises:
         ConfigError: math-verify is not installed, or its worker cannot start.
+        Unverified: as above.
     """
     worker = _worker()
     gold, target = final_answer(answer) or _bare(answer), final_answer(completion)
@@ -103,7 +105,7 @@ def _worker() -> subprocess.Popen:
 
 
 def _ask(worker: subprocess.Popen, request: dict) -> bool:
-    """The worker's reply; False when it ended without one, and then, as when interrupted, it is not asked again."""
+    """The worker's reply. Where it ended without one, or this process was interrupted, it is not asked again."""
     reply = ""
     try:
         worker.stdin.write(json.dumps(request) + "\n")
@@ -115,7 +117,22 @@ def _ask(worker: subprocess.Popen, request: dict) -> bool:
         if not reply:
             worker.kill()
             worker.wait()
+    if not reply:
+        from opd_jax.rewards.verify import Unverified  # not at the top, as in `_worker`
+
+        raise Unverified("maths: a comparison that was not finished")
     return reply == "True\n"
+
+
+def _short_of_memory() -> bool:
+    """Whether this process ever took a quarter of its limit. The library catches MemoryError, and says unequal."""
+    import resource
+
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    except OSError:  # not Linux
+        return False
+    return 0 < resource.getrlimit(resource.RLIMIT_AS)[0] < 4 * int(status["VmHWM"].split()[0]) << 10
 
 
 def serve() -> None:
@@ -135,6 +152,8 @@ def serve() -> None:
         try:  # without the library's own time limits, which cannot stop everything
             gold, target = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, target))
             return bool(verify(gold, target, timeout_seconds=None))
+        except MemoryError:  # no reply
+            raise
         except Exception:  # garbage; a parser finds many ways to fail on it
             return False
 
@@ -145,6 +164,8 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         reply = equal(request["gold"], request["target"])
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if not reply and _short_of_memory():
+            return
         print(reply, file=replies, flush=True)
 
 

@@ -4,11 +4,13 @@ import concurrent.futures
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from opd_jax.config import ConfigError
 from opd_jax.rewards import maths
+from opd_jax.rewards.verify import Unverified
 
 pytest.importorskip("math_verify")
 
@@ -88,7 +90,6 @@ def test_equality_is_mathematical(written, reference, equal):
         "\\boxed{\\input{/etc/passwd}}",
         "\\boxed{__import__('os').system('true')}",
         "\\boxed{7 or 8}",
-        "\\boxed{" + "(" * 300 + "1" + ")" * 300 + "}",
         "\\boxed{" * 20000,
         "#### " * 20000,
         "\n " * 50000,
@@ -110,8 +111,9 @@ def test_nothing_written_is_run(tmp_path):
 
 def test_no_expression_holds_the_run_up_and_the_next_is_compared():
     alarm = signal.getsignal(signal.SIGALRM)
-    for text in ("9^{9^{9^{9}}}", "(x+y+z)^{400}"):
-        assert maths.correct(rf"\boxed{{{text}}}", "(z+y+x)^{400}+1" if "x" in text else "7", seconds=0.5) == 0.0
+    for text in ("9^{9^{9^{9}}}", "(x+1)^{3000}", "(" * 300 + "1" + ")" * 300):
+        with pytest.raises(Unverified, match="not finished"):  # neither right nor wrong
+            maths.correct(rf"\boxed{{{text}}}", "x+1" if "x" in text else "7", seconds=0.5)
     assert maths.correct(r"\boxed{0.25}", r"\frac{1}{4}") == 1.0
     assert signal.getsignal(signal.SIGALRM) is alarm
 
@@ -119,6 +121,11 @@ def test_no_expression_holds_the_run_up_and_the_next_is_compared():
 def test_memory_is_limited():
     worker = maths._worker()
     assert resource.prlimit(worker.pid, resource.RLIMIT_AS) == (maths.MEMORY, maths.MEMORY)
+    used = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (used + (1 << 20), maths.MEMORY))
+    with pytest.raises(Unverified, match="not finished"):
+        maths.correct(r"\boxed{2^{100000000}}", "7", seconds=20.0)
+    assert maths.correct("#### 2.0", "2") == 1.0
 
 
 def test_a_worker_that_was_killed_is_replaced():
