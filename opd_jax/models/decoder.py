@@ -9,16 +9,17 @@ Inside, tokens are flat, `[B*S, D]`: on CPU XLA's rank-3 matrix products are slo
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax.models.rope import Rope, rotate
+from opd_jax.sharding import Rules
 
 NORMAL = nn.initializers.normal(0.02)
 # Tensor parallelism over `model`, parameters and optimizer state also over `data` (FSDP). Stacked layers come first.
@@ -33,66 +34,10 @@ RULES = (
 )
 
 
-def partition_rules(mesh: Mesh) -> tuple[tuple[str, PartitionSpec], ...]:
-    """`RULES` for `sharding.param_specs`, without the axes that `mesh` does not have."""
+def partition_rules(mesh: Mesh, rules: Rules = RULES) -> Rules:
+    """`rules` for `sharding.param_specs`, without the axes that `mesh` does not have."""
     keep = lambda spec: PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
-    return tuple((pattern, keep(spec)) for pattern, spec in RULES)
-
-
-class Rope(NamedTuple):
-    """Rotary positions (Su et al., arXiv 2104.09864) and how they are stretched beyond the trained length.
-
-    `kind`: `default`; `linear`, all frequencies divided by `factor`; `llama3` (arXiv 2407.21783) and `yarn` (arXiv
-    2309.00071), low frequencies divided, high ones kept; `dynamic` (NTK by length), which is `default` up to
-    `original_max_positions` and is refused beyond: there its frequencies depend on the longest record of a batch, so
-    that what was sampled with a cache could not be scored again.
-    """
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_positions: int = 0  # trained length; llama3, yarn and dynamic
-    low_freq_factor: float = 1.0  # llama3: wavelengths per trained length below which a frequency is divided
-    high_freq_factor: float = 4.0  # llama3: ... and above which it is kept
-    beta_slow: float = 1.0  # yarn: the same two
-    beta_fast: float = 32.0
-    truncate: bool = True  # yarn: the ramp between them begins and ends at whole dimensions
-    attention_factor: float | None = None  # yarn: scale of the rotated queries and keys; None: 0.1 ln(factor) + 1
-
-    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Radians per position of the `head_dim / 2` pairs, and the scale of sine and cosine; as transformers' torch.
-
-        Raises:
-          ValueError: unknown `kind`.
-        """
-        kept = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        if self.kind in ("default", "dynamic"):
-            return kept.astype(np.float32), 1.0
-        if self.kind == "linear":
-            return (kept / self.factor).astype(np.float32), 1.0
-        if self.kind == "llama3":
-            turns = self.original_max_positions * kept / (2 * np.pi)
-            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            scale = 1.0
-        elif self.kind == "yarn":
-            keep = 1 - self._yarn_ramp(head_dim)
-            scale = self.attention_factor
-            scale = 0.1 * math.log(max(self.factor, 1.0)) + 1.0 if scale is None else scale
-        else:
-            raise ValueError(f"rope kind {self.kind!r} is unknown; use default, linear, dynamic, llama3 or yarn")
-        keep = np.clip(keep, 0.0, 1.0)
-        return (keep * kept + (1 - keep) * kept / self.factor).astype(np.float32), scale
-
-    def _yarn_ramp(self, head_dim: int) -> np.ndarray:
-        """0 for the pair that turns `beta_fast` times within the trained length, 1 for `beta_slow`, linear between."""
-        pair = lambda turns: (
-            head_dim * math.log(self.original_max_positions / (2 * math.pi * turns)) / (2 * math.log(self.theta))
-        )
-        low, high = pair(self.beta_fast), pair(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        return (np.arange(head_dim // 2) - low) / (high - low or 0.001)
+    return tuple((pattern, keep(spec)) for pattern, spec in rules)
 
 
 class Cache(NamedTuple):
@@ -172,12 +117,12 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S V"]:
-        return self._logits(self.hidden(tokens, segment_ids))
+        return self.logits(self.hidden(tokens, segment_ids))
 
     def hidden(self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
         """The states after the final norm, in `dtype`: `logits = hidden @ head(params)`, for losses without logits."""
-        positions, mask = _packing(tokens, segment_ids)
-        return self._states(tokens, positions, mask, None)[0]
+        positions, mask = packing(tokens, segment_ids)
+        return self.states(self.embed(tokens), positions[..., None], positions, mask)[0]
 
     def decode(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
@@ -197,14 +142,50 @@ class Decoder(nn.Module):
           Logits, as the full forward gives them to the same prefix, and the new cache.
         """
         hidden, cache = self.decode_hidden(tokens, positions, cache)
-        return self._logits(hidden), cache
+        return self.logits(hidden), cache
 
     def decode_hidden(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """As `decode`, with the states in place of the logits: a prefill needs logits at one position only."""
-        slots = jnp.arange(cache.k.shape[2])
-        return self._states(tokens, positions, slots[None, None, None] <= positions[:, None, :, None], cache)
+        return self.states(self.embed(tokens), positions[..., None], positions, cache=cache)
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "N D"]:
+        """What the first layer sees of them, flat: N = B * S."""
+        return self.embed_tokens(tokens.reshape(-1)).astype(self.dtype)
+
+    def states(
+        self,
+        x: Float[Array, "N D"],
+        places: Int[Array, "B S #half"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B 1 S S"] | None = None,
+        cache: Cache | None = None,
+        added: Float[Array, "n N D"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """`hidden` and `decode_hidden` from embeddings: what a model that also embeds other things than tokens calls.
+
+        Args:
+          x: embeddings of B * S tokens.
+          places: where the rope places a token: one position, or one for each pair of a head's dimensions.
+          positions: the slots of the cache that tokens are written to, and that queries see up to.
+          mask: who may see whom but for causality; with a cache there is none.
+          cache: as in `decode`.
+          added: to the states after each of the first n layers (DeepStack, arXiv 2406.04334).
+        """
+        length = positions.shape[1] if cache is None else cache.k.shape[2]
+        if self.rope.kind == "dynamic" and length > self.rope.original_max_positions:
+            raise ValueError(
+                f"length {length} is beyond the {self.rope.original_max_positions} positions of a dynamic rope; "
+                "use shorter sequences or a yarn rope"
+            )
+        frequencies, scale = self.rope.frequencies(self.head_dim)
+        angles = places.astype(jnp.float32) * frequencies[None, None]
+        if cache is not None:
+            mask = jnp.arange(length)[None, None, None] <= positions[:, None, :, None]
+        context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, mask, added)
+        (x, cache), _ = self.layers((x, cache), jnp.arange(self.num_layers), context)
+        return self.norm(x).reshape(*positions.shape, self.width), cache
 
     @nn.nowrap
     def head(self, params: Any) -> Float[Array, "D V"]:
@@ -217,21 +198,8 @@ class Decoder(nn.Module):
         shape = self.num_layers, batch, length, self.num_kv_heads, self.head_dim
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def _states(self, tokens: Array, positions: Array, mask: Array | None, cache: Cache | None):
-        length = tokens.shape[1] if cache is None else cache.k.shape[2]
-        if self.rope.kind == "dynamic" and length > self.rope.original_max_positions:
-            raise ValueError(
-                f"length {length} is beyond the {self.rope.original_max_positions} positions of a dynamic rope; "
-                "use shorter sequences or a yarn rope"
-            )
-        frequencies, scale = self.rope.frequencies(self.head_dim)
-        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-        context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, mask)
-        x = self.embed_tokens(tokens.reshape(-1)).astype(self.dtype)
-        (x, cache), _ = self.layers((x, cache), jnp.arange(self.num_layers), context)
-        return self.norm(x).reshape(*tokens.shape, self.width), cache
-
-    def _logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """The output projection of `hidden`, in float32."""
         x = hidden.reshape(-1, self.width)
         if self.tie_embeddings:
             kernel = self.embed_tokens.embedding.astype(self.dtype)
@@ -248,6 +216,7 @@ class _Context(NamedTuple):
     sin: Float[Array, "B S half"]
     positions: Int[Array, "B S"]
     mask: Bool[Array, "B 1 S slots"] | None  # True may be seen; without a cache, causality is added
+    added: Float[Array, "n N D"] | None  # to the states after each of the first n layers
 
 
 class _Block(nn.Module):
@@ -258,11 +227,13 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple[Float[Array, "N D"], Cache | None], layer: Int[Array, ""], context: _Context):
         x, cache = carry
-        x = _over_data(x, context.positions.shape[0])
+        x = over_data(x, context.positions.shape[0])
         normed = self.norm(name="input_layernorm")(x)
         out, cache = self.attention(name="self_attn")(normed, cache, layer, context)
         x += out
         x += self.mlp(name="mlp")(self.norm(name="post_attention_layernorm")(x))
+        if context.added is not None:
+            x += context.added.at[layer].get(mode="fill", fill_value=0)
         return (x, cache), None
 
 
@@ -276,8 +247,8 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N D"], cache: Cache | None, layer: Int[Array, ""], context: _Context):
         num_heads, num_kv_heads, _ = self.heads
-        q = _rotate(self._heads(x, "q", num_heads, context), context)
-        k = _rotate(self._heads(x, "k", num_kv_heads, context), context)
+        q = rotate(self._heads(x, "q", num_heads, context), context.cos, context.sin)
+        k = rotate(self._heads(x, "k", num_kv_heads, context), context.cos, context.sin)
         v = self._heads(x, "v", num_kv_heads, context)
         causal = cache is None
         if cache is not None:
@@ -354,7 +325,7 @@ def _dot_float32(x: Array, y: Array, dimensions: Any, precision: Any = None) -> 
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _over_data(x: Float[Array, "N D"], records: int) -> Float[Array, "N D"]:
+def over_data(x: Float[Array, "N D"], records: int) -> Float[Array, "N D"]:
     """Keeps tokens split over the mesh axis `data`, like the batch: XLA would split D instead, like the parameters."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = AxisType.Auto in (kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name == "data")
@@ -363,14 +334,7 @@ def _over_data(x: Float[Array, "N D"], records: int) -> Float[Array, "N D"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
 
 
-def _rotate(x: Float[Array, "B S heads head_dim"], context: _Context) -> Float[Array, "B S heads head_dim"]:
-    """Pair i is (x[i], x[i + head_dim / 2])."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = context.cos[:, :, None], context.sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:
+def packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:
     """Positions that start again with each segment, and who may see whom but for causality."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     if segment_ids is None:

@@ -243,7 +243,7 @@ def test_wrong_tensors_are_named(tmp_path):
     with pytest.raises(ConfigError, match=rf"{NAME} has shape \(32, 31\); its config\.json says \(32, 32\)"):
         load_decoder(tmp_path)
     _edit(tmp_path, lambda tensors: tensors.update({NAME: np.zeros((32, 32), np.float16)}))
-    with pytest.raises(ConfigError, match=f"{NAME} is float16, layers before it float32; give load_decoder a dtype"):
+    with pytest.raises(ConfigError, match=f"{NAME} is float16, layers before it float32; load it with a dtype"):
         load_decoder(tmp_path)
     _edit(tmp_path, lambda tensors: tensors.update(stray=tensors.pop(NAME)))
     with pytest.raises(ConfigError, match=rf"missing \[{NAME}\], unexpected \[stray\]"):
@@ -343,7 +343,7 @@ def test_a_killed_save_leaves_nothing(tmp_path, monkeypatch):
     module = Decoder(40, 32, 48, 2, 4, 2, 12)
     params = _zeros(module)
     code = """
-import os, sys, opd_jax.models.hf.decoder as hf, safetensors.numpy as st
+import os, sys, opd_jax.models.hf as hf, opd_jax.models.hf.stacks as stacks, safetensors.numpy as st
 count = 0
 def save_file(*args, **kwargs):
     global count
@@ -351,7 +351,7 @@ def save_file(*args, **kwargs):
     if count == 3:
         os._exit(9)
     st.save_file(*args, **kwargs)
-hf.save_file = save_file
+stacks.save_file = save_file
 module, params = hf.load_decoder(sys.argv[1])
 hf.save_decoder(module, params, sys.argv[2], max_shard_bytes=10_000)
 """

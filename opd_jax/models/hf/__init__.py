@@ -3,12 +3,15 @@
 from opd_jax.models.hf.decoder import load_decoder, save_decoder
 from opd_jax.models.hf.mmdit import load_mmdit, save_mmdit
 from opd_jax.models.hf.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from opd_jax.models.hf.vlm import load_vlm, save_vlm
 
 __all__ = [
     "check_same_tokenizer",
     "load_decoder",
     "load_mmdit",
+    "load_vlm",
     "save_decoder",
     "save_mmdit",
+    "save_vlm",
     "tokenizer_fingerprint",
 ]

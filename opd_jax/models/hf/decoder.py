@@ -1,34 +1,23 @@
 """Qwen3, Qwen2.5, Llama 3 and Qwen3-MoE: a transformers directory to `Decoder` and back, without torch.
 
-A directory holds `config.json`, as transformers 4 or 5 writes it, and `model.safetensors`, or shards of it named by
-`model.safetensors.index.json`. A torch Linear is `[out, in]`, a Flax kernel `[in, out]`, and a parameter of the scanned
-block is the stack of what the file has for every layer (and every expert).
+Configs are read as transformers 4 or 5 writes them; how tensors are stacked is in `stacks`.
 """
 
-import json
 import math
-import os
-import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
-from opd_jax.config import ConfigError, checks, write_atomic
-from opd_jax.models.decoder import Decoder, Rope, partition_rules
-from opd_jax.models.hf.tensor_files import TensorFiles, read_json
-from opd_jax.sharding import shard_params
+from opd_jax.config import ConfigError, checks
+from opd_jax.models.decoder import RULES, Decoder
+from opd_jax.models.hf.stacks import Layout, Params, load_params, save_params, special_tokens
+from opd_jax.models.hf.tensor_files import read_json
+from opd_jax.models.rope import Rope
 
-Params = dict[str, Any]
-
-WEIGHTS = "model.safetensors"
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -36,16 +25,10 @@ FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
-IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a constant that old Llama checkpoints hold
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-COMPANIONS += ("chat_template*", "generation_config.json")
 
 
 def load_decoder(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[Decoder, Params]:
-    """The module a transformers directory describes, and its parameters.
-
-    Tensors are read one at a time from mapped files into their stack, and each stack goes to its devices before the
-    next: the peak on the host is one parameter of all layers beside what the devices hold.
+    """The module a transformers directory describes, and its parameters, in the memory that `load_params` needs.
 
     Args:
       directory: a local directory, such as a snapshot of Qwen/Qwen3-8B.
@@ -62,14 +45,7 @@ def load_decoder(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None 
     """
     directory = Path(directory)
     module = _module(directory / "config.json")
-    shapes, files = _shapes(module), TensorFiles(directory, WEIGHTS)
-    _check_tensors(directory, module, shapes, files)
-    params = {}
-    for path, shape in shapes.items():
-        stack = _read(files, path, shape, dtype)
-        params[path] = shard_params({path: stack}, mesh, partition_rules(mesh))[path] if mesh else jnp.asarray(stack)
-        del stack  # before the next one is made
-    return module, unflatten_dict(params, sep="/")
+    return module, load_params(directory, _layout(module), RULES, dtype=dtype, mesh=mesh)
 
 
 def save_decoder(
@@ -95,27 +71,8 @@ def save_decoder(
       ConfigError: the directory holds something, or `like` is no model directory.
       ValueError: `params` do not belong to `module`; or none of the families has its combination of fields.
     """
-    directory = Path(directory).expanduser().absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} is not an empty directory; give a new one to save the model in")
-    flat = flatten_dict(params, sep="/")
-    given = {path: leaf.shape for path, leaf in flat.items()}
-    if wrong := sorted({path for path, _ in _shapes(module).items() ^ given.items()}):
-        raise ValueError(f"params do not belong to this module: {wrong} are missing, unexpected or of another shape")
-    config = _config(module, flat["embed_tokens/embedding"].dtype)
-    if like is not None:
-        source = read_json(Path(like) / "config.json")
-        config |= {f"{token}_token_id": source.get(f"{token}_token_id") for token in ("bos", "eos", "pad")}
-
-    draft = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)  # of a run killed in the middle of a write
-    draft.mkdir(parents=True)
-    _write_tensors(flat, draft, max_shard_bytes)
-    for file in (file for pattern in COMPANIONS if like is not None for file in Path(like).glob(pattern)):
-        shutil.copy(file, draft)
-    write_atomic(draft / "config.json", json.dumps(config, indent=2) + "\n")
-    os.replace(draft, directory)
-    return directory
+    config = decoder_config(module) | special_tokens(like)
+    return save_params(directory, _layout(module), params, config, max_shard_bytes=max_shard_bytes, like=like)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -129,7 +86,12 @@ def _module(file: Path) -> Decoder:
             f"{file}: model_type={family!r} with architectures={architectures} is not supported; "
             f"use one of {', '.join(FAMILIES.values())}"
         )
-    config.setdefault("num_experts", config.get("num_local_experts"))
+    return decoder_module(file, config)
+
+
+def decoder_module(file: Path, config: dict[str, Any]) -> Decoder:
+    """The decoder of a config whose `model_type` is one of `FAMILIES`; `file` is for errors, which are ConfigErrors."""
+    family, config = config["model_type"], {"num_experts": config.get("num_local_experts")} | config
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     moe = family == "qwen3_moe"
     sizes += ("moe_intermediate_size", "num_experts", "num_experts_per_tok") if moe else ("intermediate_size",)
@@ -225,13 +187,16 @@ def _yarn_scale(stored: dict[str, Any]) -> float | None:
     return scale(stored["mscale"]) / scale(stored["mscale_all_dim"])
 
 
-def _config(module: Decoder, dtype: Any) -> dict[str, Any]:
-    """What transformers 4 and 5 both read."""
+def decoder_config(module: Decoder) -> dict[str, Any]:
+    """What transformers 4 and 5 both read.
+
+    Raises:
+      ValueError: none of the families has the module's combination of fields.
+    """
     family = _family(module)
     config = {
         "architectures": [FAMILIES[family]],
         "model_type": family,
-        "torch_dtype": str(dtype),
         "vocab_size": module.vocab_size,
         "hidden_size": module.width,
         "intermediate_size": module.mlp_width,
@@ -287,81 +252,11 @@ def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _shapes(module: Decoder) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape by path, without computing any."""
+def _layout(module: Decoder) -> Layout:
+    """Every parameter's shape, without computing any, and transformers' names."""
     params = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
-
-
-def _names(path: str, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
-    """For each tensor of a parameter: where it is in the stack, its name, and its shape in the file."""
-    *parts, leaf = path.split("/")
-    depth = sum(part in ("layers", "experts") for part in parts)
-    stored = shape[depth:][::-1] if leaf == "kernel" else shape[depth:]
-    for index in np.ndindex(shape[:depth]):
-        number = iter(index)
-        name = ".".join(f"{part}.{next(number)}" if part in ("layers", "experts") else part for part in parts)
-        root = "" if parts[0] == "lm_head" else "model."
-        yield index, f"{root}{name}.{'bias' if leaf == 'bias' else 'weight'}", stored
-
-
-def _check_tensors(directory: Path, module: Decoder, shapes: dict[str, tuple[int, ...]], files: TensorFiles) -> None:
-    expected = {name: stored for path, shape in shapes.items() for _, name, stored in _names(path, shape)}
-    missing = sorted(expected.keys() - files.names)
-    extra = {name for name in files.names - expected.keys() if not IGNORED.search(name)}
-    if module.tie_embeddings and "lm_head.weight" in extra:  # stored all the same; then it must be the same
-        extra.remove("lm_head.weight")
-        if not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
-            raise ConfigError(
-                f"{directory}: lm_head.weight differs from the embedding although tie_word_embeddings is true; "
-                "set it to false in config.json"
-            )
-    few = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    if missing or extra:
-        raise ConfigError(
-            f"{directory} does not match its config.json: missing [{few(missing)}], unexpected [{few(sorted(extra))}]; "
-            "fetch both again"
-        )
-    for name, stored in expected.items():
-        if files.shape(name) != stored:
-            raise ConfigError(f"{directory}: {name} has shape {files.shape(name)}; its config.json says {stored}")
-
-
-def _read(files: TensorFiles, path: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    stack = None
-    for index, name, _ in _names(path, shape):
-        tensor = files.read(name)
-        if stack is None:
-            stack = np.empty(shape, dtype or tensor.dtype)
-        if dtype is None and tensor.dtype != stack.dtype:
-            raise ConfigError(f"{name} is {tensor.dtype}, layers before it {stack.dtype}; give load_decoder a dtype")
-        stack[index] = tensor.T if path.endswith("/kernel") else tensor
-    return stack
-
-
-def _write_tensors(flat: dict[str, Any], directory: Path, max_shard_bytes: int) -> None:
-    entries = [(path, *entry) for path, leaf in flat.items() for entry in _names(path, leaf.shape)]
-    shards, room = [], 0
-    for path, index, name, stored in entries:
-        size = math.prod(stored) * flat[path].dtype.itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((path, index, name))
-        room -= size
-
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for path, index, name in shard:
-            tensor = np.asarray(flat[path][index])
-            tensors[name] = np.ascontiguousarray(tensor.T if path.endswith("/kernel") else tensor)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        with open(directory / file, "rb") as written:
-            os.fsync(written.fileno())
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in flat.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_atomic(directory / f"{WEIGHTS}.index.json", json.dumps(index, indent=2) + "\n")
+    return Layout(
+        {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()},
+        lambda name: name if name == "lm_head" else f"model.{name}",
+        tied="model.embed_tokens.weight" if module.tie_embeddings else "",
+    )
