@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from opd_jax.worlds import reasoning, scenes
+from opd_jax.worlds import domains, reasoning, scenes
 
 
 def scene_model() -> ConfigDict:
@@ -34,6 +34,20 @@ def reasoning_model(width: int, layers: int) -> ConfigDict:
         "tie_embeddings": True,
         "max_positions": reasoning.PROMPT_TOKENS + reasoning.SOLUTION_TOKENS,
     })  # fmt: skip
+
+
+def domains_model(width: int, layers: int, pictures: bool = True) -> ConfigDict:
+    """A model of the Qwen3-VL family for the world of five domains; without `pictures` its decoder alone."""
+    decoder = reasoning_model(width, layers)
+    decoder.update({"vocab_size": len(domains.WORDS), "max_positions": 128})
+    model = ConfigDict({"decoder": decoder})
+    if pictures:
+        model.vision = {
+            "width": 64, "mlp_width": 192, "num_layers": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1,
+            "num_positions": (domains.IMAGE_SIZE // 4) ** 2, "deepstack": (),
+        }  # fmt: skip
+        model.rope_sections = (6, 5, 5)
+    return model
 
 
 def language_experiment() -> ConfigDict:

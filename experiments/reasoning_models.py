@@ -4,6 +4,7 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,13 @@ def validate(config, mesh) -> None:
         check(not uneven, uneven)
 
 
-def recipes(config) -> dict[str, str]:
-    """The recipe of every model."""
+SHARED = ("seed", "rows", "row_tokens", "warmup", "weight_decay", "ema_decay")
+
+
+def recipes(config, shared: Sequence[str] = SHARED) -> dict[str, str]:
+    """The recipe of every model, from the settings that all share and its own."""
     made: dict[str, str] = {}
-    shared = {key: config[key] for key in ("seed", "rows", "row_tokens", "warmup", "weight_decay", "ema_decay")}
+    shared = {key: config[key] for key in shared}
     for name in config.order:
         part = config.models[name]
         made[name] = stages.recipe_of(shared | part.to_dict(), *([made[part.start]] if part.start else []))
@@ -75,7 +79,12 @@ def pretrain(config, name: str, params, workdir, checkpoint_dir, mesh, steps: in
 
 def make(config, name, params, workdir, mesh, checkpoint_dir) -> tuple:
     trained = pretrain(config, name, params, workdir, checkpoint_dir, mesh, config.models[name].steps)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trained), 0  # half the bytes to ship
+    return to_ship(trained), 0
+
+
+def to_ship(params):
+    """In bfloat16, half the bytes."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
 
 
 def load(path, recipe: str | None = None) -> stages.Made:

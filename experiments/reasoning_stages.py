@@ -13,7 +13,7 @@ import jax
 
 from experiments import language, reasoning_stores, stages, token_methods
 from experiments.reasoning_stores import Teacher
-from opd_jax import loop, optim, rng, sharding
+from opd_jax import rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError
 from opd_jax.losses import opd
@@ -228,24 +228,20 @@ class Experiment:
         return token_methods.remote_online(self.student, teacher.server, self.workdir / "unscored", how, recipe)
 
     def train(self, stage, recipe_hash, method_and_optimizer, start, batches, part, seed, teacher_params=None):
-        method, optimizer = method_and_optimizer
-
-        def make(checkpoint_dir):
-            state, _ = loop.run(
-                method,
-                self.place(optim.init_state(start, optimizer)),
-                batches,
-                workdir=self.workdir,
-                stage=stage,
-                checkpoint_dir=checkpoint_dir,
-                steps=part.steps,
-                seed=seed,
-                teacher_params=teacher_params,
-                save_every=self.config.save_every,
-            )
-            return state.params, part.steps * part.batch_size * part.get("group", 1)
-
-        return stages.once(stage, self.workdir, recipe_hash, make, self.about)
+        return stages.trained(
+            stage,
+            self.workdir,
+            recipe_hash,
+            method_and_optimizer,
+            start,
+            batches,
+            part,
+            seed,
+            place=self.place,
+            about=self.about,
+            teacher_params=teacher_params,
+            save_every=self.config.save_every,
+        )
 
     # ---- scores ----
 

@@ -83,7 +83,7 @@ def write(
 
         def make_shard(index: int):
             part = slice(index * size, (index + 1) * size)
-            few = language.Problems(problems.ids[part], problems.answers[part])
+            few = language.Problems(*(column and column[part] for column in problems))
             rollout = answer(model, params, few, room, how, rng.at_step(key, index), **where)
             rollout = rollout._replace(group=rollout.group + index * size)
             records = lookup.records_of(rollout, label(rollout))

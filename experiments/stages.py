@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from opd_jax import loop, optim
 from opd_jax.checkpoint import load_params, params_sha256, save_params
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.metrics import read_metrics
@@ -88,3 +89,45 @@ def once(
     first = [line["loss"] for line in parts[0][:FIRST]] if parts else []
     save(path, made, (about or {}) | {"stage": name, "first_losses": first})
     return made
+
+
+def trained(
+    name: str,
+    workdir: Path,
+    recipe: str,
+    method: tuple,
+    start: PyTree,
+    batches,
+    part,
+    seed: int,
+    *,
+    place,
+    about,
+    **run,
+) -> Made:
+    """The stage `name` that is `part.steps` updates in the loop.
+
+    Args:
+        method: a `Method` and its optimiser.
+        start: parameters that it begins with.
+        part: of the config, with steps and batch_size, and group where a prompt is answered more than once.
+        place: puts the state on the devices.
+        run: for `loop.run`.
+    """
+    functions, optimizer = method
+
+    def make(checkpoint_dir):
+        state, _ = loop.run(
+            functions,
+            place(optim.init_state(start, optimizer)),
+            batches,
+            workdir=workdir,
+            stage=name,
+            checkpoint_dir=checkpoint_dir,
+            steps=part.steps,
+            seed=seed,
+            **run,
+        )
+        return state.params, part.steps * part.batch_size * part.get("group", 1)
+
+    return once(name, workdir, recipe, make, about)

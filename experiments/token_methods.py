@@ -25,21 +25,23 @@ from opd_jax.types import Method
 
 
 def prompts(problems: Problems, batch_size: int, room: int, seed: int, mesh):
-    """Endless batches `{"tokens": [B, room], "length": [B], "index": [B]}`: all problems, then all in another order."""
-
-    def record(index: int):
-        ids = problems.ids[index]
-        tokens = np.pad(ids, (0, room - len(ids)))
-        return {"tokens": tokens, "length": np.int32(len(ids)), "index": np.int32(index)}
-
+    """Endless batches of `prompt`s: all problems, then all in another order."""
+    record = functools.partial(prompt, problems, room)
     return data.epochs(record, len(problems.ids), batch_size, seed, lambda batch: sharding.shard_batch(batch, mesh))
+
+
+def prompt(problems: Problems, room: int, index: int) -> dict[str, np.ndarray]:
+    """`{"tokens": [room], "length": [], "index": [], "task": []}` of one problem."""
+    ids, task = problems.ids[index], problems.tasks[index] if problems.tasks else 0
+    whole = {"length": len(ids), "index": index, "task": task}
+    return {"tokens": np.pad(ids, (0, room - len(ids)))} | {name: np.int32(value) for name, value in whole.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("init_cache", "how", "group"))
 def _answer(decode_fn, params, batch, key, *, init_cache, how, group):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), batch)
     index = batch["index"]
-    asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, jnp.zeros_like(index))
+    asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, batch["task"])
     return sampling.generate(decode_fn, init_cache, params, asked, how)
 
 

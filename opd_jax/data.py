@@ -51,7 +51,8 @@ def epochs(
     Args:
         record: record i of `count`.
     """
-    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat().map(record)
+    rounds = 2**40 // count  # `repeat()` has no length that batches of one could be counted by
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle().repeat(rounds).map(record)
     return iter(dataset.batch(batch_size).map(place).to_iter_dataset(grain.ReadOptions(1, 2)))
 
 

@@ -1,0 +1,170 @@
+"""Uni-OPD (arXiv:2605.03677): several teachers, balanced rollouts, margins calibrated by outcome; text and images.
+
+    python experiments/main.py --config=configs/uni_opd.py          # from shipped models
+    python experiments/main.py --config=configs/uni_opd.py:seeds    # three seeds, mean and standard deviation
+    python experiments/main.py --config=configs/uni_opd.py:tiny     # every stage, a few steps
+
+A student that reads text and pictures learns from the experts of domains whose answers can be checked. Wall time,
+machine and the numbers to expect are in `docs/results.md`, with the commands.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+TAUGHT = ("mathematics", "code", "logic", "charts")  # the documents' expert is no better than the student yet
+VARIANTS = ("default", "tiny", "seeds", "paper", "paper_vl")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    variant = common.variant(arg, VARIANTS)
+    plain = {"upsample": False, "balance": False, "margin": "none"}  # standard OPD, sampled tokens
+    config = ConfigDict({
+        "experiment": "uni_opd",
+        "seeds": (0,),
+        "student": {"path": ""},  # a Hugging Face directory; "": the embedded world's
+        "teachers": {},  # NAME: {"path": ...}, where problems.path is given
+        "problems": {
+            "path": "",  # a JSONL file; "": the embedded world's
+            "count": 512,  # of each domain
+            "levels": (1, 2, 3),
+            "seed": 17,
+            "template": "{prompt}",
+            "chat": False,
+            "prompt_tokens": 1_024,  # room for a prompt, images included
+            "images": 1,  # most of a prompt; what a student of text alone does not ask for
+            "max_pixels": 512 * 512,  # larger images are made smaller
+        },
+        "verifiers": {},  # DOMAIN: maths, code, choice, number or text, where its name is not one of them
+        "sampler": {  # of rollouts; level 4 needs 64 tokens
+            "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 48, "slots": 160,
+        },
+        "balancing": {  # offline: prompts by how often the student solves them
+            "samples": 8, "shape": "u", "cap": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        },
+        # A domain's teacher in each setting
+        "settings": {
+            "single_mathematics": {"mathematics": "mathematics"},
+            "single_logic": {"logic": "logic"},
+            "single_charts": {"charts": "charts"},
+            "multi": {name: name for name in TAUGHT},
+            "strong": {"mathematics": "strong", "logic": "strong"},
+            "cross_modal": {"code": "text", "charts": "charts"},
+        },
+        "opd": {  # of every arm, if it says nothing else
+            "setting": "multi",
+            "method": "uni_opd",  # offline: on stored answers and labels; grpo: the outcome alone, no teacher
+            "divergence": "sampled",  # or exact over the vocabulary: reverse_kl, forward_kl, ...
+            "upsample": True,  # offline balancing
+            "balance": True,  # answers balanced by outcome, right to wrong as ratio to 1
+            "ratio": 1.0,
+            "scope": "group",
+            "margin": "shift",  # shift, mask, none, reinforce
+            "delta": 0.4,
+            "mode": "mean",
+            "direction": "both",
+            "retain": 0.25,
+            "token_gap": 10.0,
+            "shuffled": False,  # a control: outcomes dealt out at random within the batch
+            "clip": 0.2,
+            "clip_high": 0.28,
+            "reduction": "record",
+            "steps": 40,
+            "batch_size": 20,  # prompts of an update
+            "group": 8,  # answers per prompt
+            "micro_batches": 1,
+            "learning_rate": 5e-4,
+            "warmup": 5,
+            "weight_decay": 0.0,
+            "b2": 0.98,
+        },
+        "arms": {
+            f"{name}_{setting}": {"setting": setting} | change
+            for setting in ("single_mathematics", "single_logic", "single_charts", "multi", "strong", "cross_modal")
+            for name, change in (("opd", plain), ("uni_opd", {}))
+        } | {
+            "no_margin": {"margin": "none"},
+            "no_offline": {"upsample": False},
+            "no_online": {"balance": False},
+            "margin_mask": {"margin": "mask"},
+            "ratio_half": {"ratio": 0.5},
+            "ratio_2": {"ratio": 2.0},
+            "shuffled": {"shuffled": True},
+            "reinforce": {"margin": "reinforce"},
+            "exact": {"divergence": "reverse_kl"},
+            "offline": {"method": "offline"},
+            "grpo": {"method": "grpo"} | plain,
+        },
+        "eval": {
+            "path": "", "problems": 256, "seed": 1234, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+            "held_out": True,  # False: problems of the training split, to choose settings on
+        },
+        "shard": 128,  # prompts per shard of a store
+        "save_every": 20,
+        "shipped": True,  # False: models of `models`, untrained
+        "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
+        "mesh": {"data": -1},
+    })  # fmt: skip
+    variants = {"tiny": _tiny, "seeds": _seeds, "paper": _paper, "paper_vl": _paper_vl}
+    variants.get(variant, lambda _: None)(config)
+    return config.lock()
+
+
+def _seeds(config: ConfigDict) -> None:
+    config.seeds = (0, 1, 2)
+
+
+def _tiny(config: ConfigDict) -> None:
+    config.shipped = False
+    config.problems.count = 4
+    config.sampler.slots = 8
+    config.balancing.samples = 2
+    config.opd.update({"steps": 2, "batch_size": 8, "group": 2, "warmup": 0})
+    config.eval.update({"problems": 2})
+    config.update({"save_every": 1, "compile_quickly": True})
+    config.shard = 4
+    for name in set(config.arms) - {"uni_opd_multi", "exact", "offline"}:
+        del config.arms[name]
+
+
+def _paper(config: ConfigDict) -> None:
+    """Qwen3-4B (or 1.7B) from experts of mathematics and code: table C.2 and the released text scripts.
+
+    Give `student.path`, `teachers.mathematics.path`, `teachers.code.path`, `problems.path` and `eval.path`. What
+    neither states is marked as ours.
+    """
+    config.teachers = {"mathematics": {"path": ""}, "code": {"path": ""}}
+    config.verifiers = {"mathematics": "maths"}
+    config.settings = {"multi": {"mathematics": "mathematics", "code": "code"}}
+    config.problems.update({
+        "path": "problems.jsonl",  # DeepMath of difficulty 6 and more, 57 K; Eurus-2-RL code, 25.3 K
+        "count": 0,  # all
+        "chat": True,  # with enable_thinking=False
+        "prompt_tokens": 4_096,
+        "images": 0,
+    })  # fmt: skip
+    config.sampler.update({"max_new_tokens": 16_384, "slots": 256})
+    config.balancing.update({"top_k": 50, "top_p": 0.95})  # cap: ours
+    config.opd.update({
+        "steps": 50,  # to the reported scores
+        "batch_size": 64,
+        "group": 16,
+        "learning_rate": 1e-6,
+        "warmup": 5,
+        "weight_decay": 0.1,
+        "b2": 0.98,
+        "micro_batches": 128,  # ours
+    })  # fmt: skip
+    config.eval.update({"path": "held_out.jsonl", "problems": 0, "seed": 42})
+    config.arms = {"opd_multi": config.arms.opd_multi, "uni_opd_multi": config.arms.uni_opd_multi}
+
+
+def _paper_vl(config: ConfigDict) -> None:
+    """Qwen3-VL-4B from experts of mathematics, logic and documents in pictures; what differs from the text runs."""
+    _paper(config)
+    names = ("mathematics", "logic", "documents")
+    config.teachers = {name: {"path": ""} for name in names}
+    config.settings = {"multi": {name: name for name in names}}
+    config.verifiers = {"mathematics": "maths", "logic": "choice", "documents": "number"}  # ours, for OpenMMReasoner
+    config.problems.images = 1
+    config.opd.update({"direction": "correct_up", "delta": 0.0, "batch_size": 63})  # a third each; 64 in the paper
