@@ -49,12 +49,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault = server.faults.popleft() if server.faults else server.always
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
-        try:
-            time.sleep(server.delay)
-            self.serve(body, fault)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        time.sleep(server.delay)
+        with server.lock:
+            server.busy -= 1  # before the answer, after which the client may ask again
+        self.serve(body, fault)
 
     def serve(self, body, fault):
         batch = body["input_ids"] if self.path == "/generate" else body["prompt"]
