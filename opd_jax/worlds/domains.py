@@ -123,7 +123,7 @@ class Problem(NamedTuple):
 def draw(rng: np.random.Generator, domain: str, level: int, test: bool = False) -> Problem:
     """A random problem of a domain and level, of each of its kinds as often, from one split (by rejection).
 
-    Some 20 to 150 microseconds, several times that for the test split.
+    Some 10 to 180 microseconds, up to four times that for the test split.
 
     Args:
         rng: source of all randomness; a rejected draw takes from it too.
