@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "seed": 17,
             "template": "{prompt}",
             "chat": False,
+            "thinking": False,  # enable_thinking of the chat template, where it knows that
             "prompt_tokens": 1_024,  # room for a prompt, images included
             "images": 1,  # most of a prompt; what a student of text alone does not ask for
             "max_pixels": 512 * 512,  # larger images are made smaller
@@ -101,7 +102,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "shard": 128,  # prompts per shard of a store
         "save_every": 20,
-        "shipped": True,  # False: models of `models`, untrained
+        "shipped": True,  # False: random models of the same shapes
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
     })  # fmt: skip
@@ -139,7 +140,7 @@ def _paper(config: ConfigDict) -> None:
     config.problems.update({
         "path": "problems.jsonl",  # DeepMath of difficulty 6 and more, 57 K; Eurus-2-RL code, 25.3 K
         "count": 0,  # all
-        "chat": True,  # with enable_thinking=False
+        "chat": True,
         "prompt_tokens": 4_096,
         "images": 0,
     })  # fmt: skip

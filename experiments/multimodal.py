@@ -34,7 +34,7 @@ class Reader:
     from the file, or base64; answer and images are optional.
 
     Args:
-        part: of the config, `template`, `chat`, `prompt_tokens`, `images` and `max_pixels`.
+        part: of the config, `template`, `chat`, `thinking`, `prompt_tokens`, `images` and `max_pixels`.
         verifiers: by domain; a domain that is not named is verified by what has its own name.
     """
 
@@ -88,7 +88,8 @@ class Reader:
         if self.part.chat:
             content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}] if images else text
             turn = [{"role": "user", "content": content}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            how = {"add_generation_prompt": True, "enable_thinking": self.part.thinking}
+            text = self.tokenizer.apply_chat_template(turn, tokenize=False, **how)
         elif images:
             marks = self.module.marks
             around = (marks.vision_start, marks.image, marks.vision_end)

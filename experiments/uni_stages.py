@@ -53,7 +53,7 @@ class Experiment:
     # ---- stages ----
 
     def solved(self) -> np.ndarray:
-        """How often the student solves each problem, of `offline.samples` answers; -1 where that is unknown."""
+        """How often the student solves each problem, of `balancing.samples` answers; -1 where that is unknown."""
         part, how, setup = self.config.balancing, self.sampler(self.config.balancing), self.setup
         recipe = stages.recipe_of({"how": how._asdict(), "samples": part.samples}, self.asked, setup.student.sha256)
         path = self.workdir / "stages" / f"solved-{recipe[:12]}.json"
