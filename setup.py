@@ -45,6 +45,7 @@ EXTRAS = {
         "ipykernel>=7.4",
         "nbmake>=1.5.5",  # runs the notebooks
         "math-verify>=0.9",
+        "psutil>=7",  # which processes a test has left behind
     ],
     "tensorboard": ["tensorboardX>=2.6.5"],  # not clu.metric_writers, which needs TensorFlow
     "maths": ["math-verify>=0.9"],  # compares answers as mathematics; 0.9 parses without signals

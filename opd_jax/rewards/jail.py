@@ -210,23 +210,24 @@ def _child(case: tuple, limits: dict, folder: str, files: tuple[int, int, int]) 
 
 def _watch(child: int, folder: str, limits: dict) -> str:
     """Waits for a program to end or ends it: "ended", "killed", "unknown" where it had no processor, or "left"."""
-    began = time.monotonic()
+    began, busy = time.monotonic(), {}  # seconds of every thread on a processor and waiting for one, ended ones too
     ended = os.pidfd_open(child)
     watched = select.poll()
     watched.register(ended, select.POLLIN)
     watched.register(0, select.POLLIN)  # nobody wants to know any more
     verdict = ""
     while not verdict and not (events := watched.poll(20)):
-        passed, busy, threads, files, written = time.monotonic() - began, 0, [], [], 0
+        passed, threads, files, written = time.monotonic() - began, [], [], 0
         with contextlib.suppress(OSError):
             threads = os.listdir(f"/proc/{child}/task")
-            for thread in threads:
-                with open(f"/proc/{child}/task/{thread}/schedstat") as file:
-                    busy += sum(map(int, file.read().split()[:2])) / 1e9  # on a processor, and waiting for one
+        for thread in threads:
+            with contextlib.suppress(OSError), open(f"/proc/{child}/task/{thread}/schedstat") as file:
+                busy[thread] = sum(map(int, file.read().split()[:2])) / 1e9
         with contextlib.suppress(OSError):
             files = os.listdir(folder)
             written = sum(os.stat(f"{folder}/{name}").st_size for name in files[:FILES])
-        if passed - busy > limits["idle"] or len(threads) > THREADS or len(files) > FILES or written > FOLDER:
+        idle = passed - sum(busy.values())
+        if idle > limits["idle"] or len(threads) > THREADS or len(files) > FILES or written > FOLDER:
             verdict = "killed"
         elif passed > limits["patience"]:
             verdict = "unknown"

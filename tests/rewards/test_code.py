@@ -1,7 +1,6 @@
 """Programs that are right, wrong and hostile; what is hostile must be refused, and leave nothing behind."""
 
 import concurrent.futures
-import glob
 import json
 import os
 import select
@@ -13,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from opd_jax.config import ConfigError
@@ -35,8 +35,7 @@ TEXT = CALL | {"inputs": ["3", '"a"'], "outputs": ["6", '"aa"']}
 
 def children(parent: int) -> list[int]:
     """Processes of a process, by whichever of its threads."""
-    lists = (Path(path).read_text() for path in glob.glob(f"/proc/{parent}/task/*/children"))
-    return [int(pid) for pids in lists for pid in pids.split()]
+    return [child.pid for child in psutil.Process(parent).children()]
 
 
 def ended(pid: int) -> bool:
