@@ -16,7 +16,8 @@ from opd_jax.worlds import domains
 
 def get_config(arg: str | None = None) -> ConfigDict:
     variant = common.variant(arg, ("default", "tiny"))
-    expert = {"start": "student", "styles": ("steps",), "steps": 1_000, "learning_rate": 2e-3, "decay_steps": 700}
+    styles = ("steps", "states")
+    expert = {"start": "student", "styles": styles, "steps": 1_000, "learning_rate": 2e-3, "decay_steps": 700}
     small = common.domains_model(width=96, layers=2)
     large = common.domains_model(width=128, layers=3, pictures=False)
     config = ConfigDict({
@@ -37,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "model": small,
                 "start": "",  # the model it goes on from; "": from scratch
                 "domains": ("mathematics", "code", "logic") + 3 * ("charts", "documents"),  # reading takes longest
-                "styles": ("steps", "states"),
+                "styles": styles,
                 "steps": 7_000,
                 "learning_rate": 3e-3,
                 "decay_steps": 3_500,  # linear decay to zero over the last steps
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "model": large,
                 "start": "",
                 "domains": ("mathematics", "logic"),
-                "styles": ("steps",),
+                "styles": styles,
                 "steps": 3_000,
                 "learning_rate": 3e-3,
                 "decay_steps": 2_000,
@@ -56,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "model": large,
                 "start": "",
                 "domains": ("code",),
-                "styles": ("steps",),
+                "styles": styles,
                 "steps": 800,
                 "learning_rate": 3e-3,
                 "decay_steps": 500,

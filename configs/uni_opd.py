@@ -12,13 +12,19 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-TAUGHT = ("mathematics", "code", "logic", "charts")  # the documents' expert is no better than the student yet
+PLAIN = {"upsample": False, "balance": False, "margin": "none"}  # standard OPD
+SETTINGS = {  # a domain's teacher
+    "single_logic": {"logic": "logic"},
+    "single_charts": {"charts": "charts"},
+    "multi": {"logic": "logic", "charts": "charts"},
+    "strong": {"logic": "strong"},  # wider and deeper than the student
+    "cross_modal": {"code": "text", "charts": "charts"},  # one teacher reads text alone
+}
 VARIANTS = ("default", "tiny", "seeds", "paper", "paper_vl")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     variant = common.variant(arg, VARIANTS)
-    plain = {"upsample": False, "balance": False, "margin": "none"}  # standard OPD, sampled tokens
     config = ConfigDict({
         "experiment": "uni_opd",
         "seeds": (0,),
@@ -43,19 +49,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "balancing": {  # offline: prompts by how often the student solves them
             "samples": 8, "shape": "u", "cap": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         },
-        # A domain's teacher in each setting
-        "settings": {
-            "single_mathematics": {"mathematics": "mathematics"},
-            "single_logic": {"logic": "logic"},
-            "single_charts": {"charts": "charts"},
-            "multi": {name: name for name in TAUGHT},
-            "strong": {"mathematics": "strong", "logic": "strong"},
-            "cross_modal": {"code": "text", "charts": "charts"},
-        },
+        "settings": SETTINGS,
         "opd": {  # of every arm, if it says nothing else
             "setting": "multi",
             "method": "uni_opd",  # offline: on stored answers and labels; grpo: the outcome alone, no teacher
-            "divergence": "sampled",  # or exact over the vocabulary: reverse_kl, forward_kl, ...
+            "divergence": "reverse_kl",  # exact over the vocabulary; or forward_kl, ...; or sampled, as published
             "upsample": True,  # offline balancing
             "balance": True,  # answers balanced by outcome, right to wrong as ratio to 1
             "ratio": 1.0,
@@ -70,19 +68,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "clip": 0.2,
             "clip_high": 0.28,
             "reduction": "record",
-            "steps": 40,
+            "steps": 64,
             "batch_size": 20,  # prompts of an update
             "group": 8,  # answers per prompt
             "micro_batches": 1,
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
             "warmup": 5,
+            "decay_steps": 32,  # linear to zero over the last steps; 0: constant
             "weight_decay": 0.0,
             "b2": 0.98,
         },
         "arms": {
             f"{name}_{setting}": {"setting": setting} | change
-            for setting in ("single_mathematics", "single_logic", "single_charts", "multi", "strong", "cross_modal")
-            for name, change in (("opd", plain), ("uni_opd", {}))
+            for setting in SETTINGS
+            for name, change in (("opd", PLAIN), ("uni_opd", {}))
         } | {
             "no_margin": {"margin": "none"},
             "no_offline": {"upsample": False},
@@ -92,9 +91,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "ratio_2": {"ratio": 2.0},
             "shuffled": {"shuffled": True},
             "reinforce": {"margin": "reinforce"},
-            "exact": {"divergence": "reverse_kl"},
-            "offline": {"method": "offline"},
-            "grpo": {"method": "grpo"} | plain,
+            "opd_sampled": {"divergence": "sampled"} | PLAIN,
+            "sampled": {"divergence": "sampled"},
+            "offline": {"method": "offline", "divergence": "sampled"},
+            "grpo": {"method": "grpo"} | PLAIN,
         },
         "eval": {
             "path": "", "problems": 256, "seed": 1234, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
@@ -120,11 +120,11 @@ def _tiny(config: ConfigDict) -> None:
     config.problems.count = 4
     config.sampler.slots = 8
     config.balancing.samples = 2
-    config.opd.update({"steps": 2, "batch_size": 8, "group": 2, "warmup": 0})
+    config.opd.update({"steps": 2, "batch_size": 8, "group": 2, "warmup": 0, "decay_steps": 1})
     config.eval.update({"problems": 2})
     config.update({"save_every": 1, "compile_quickly": True})
     config.shard = 4
-    for name in set(config.arms) - {"uni_opd_multi", "exact", "offline"}:
+    for name in set(config.arms) - {"uni_opd_multi", "sampled", "offline"}:
         del config.arms[name]
 
 
@@ -150,8 +150,10 @@ def _paper(config: ConfigDict) -> None:
         "steps": 50,  # to the reported scores
         "batch_size": 64,
         "group": 16,
+        "divergence": "sampled",
         "learning_rate": 1e-6,
         "warmup": 5,
+        "decay_steps": 0,
         "weight_decay": 0.1,
         "b2": 0.98,
         "micro_batches": 128,  # ours

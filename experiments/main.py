@@ -46,6 +46,10 @@ def main(argv) -> None:
     experiment.validate(config, mesh)
     workdir = _WORKDIR.value or os.path.join("runs", f"{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}")
     workdir = config_lib.prepare_workdir(workdir, config, resume=_RESUME.value)
+    if (
+        not jax.config.jax_compilation_cache_dir
+    ):  # many arms of an experiment run the same programs, and so does a resume
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     experiment.run(config, workdir, mesh)
 
 

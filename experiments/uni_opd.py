@@ -88,6 +88,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     records = arm.batch_size * arm.group
     parts = f"{records} records do not divide into {arm.micro_batches} micro_batches"
     check(records % arm.micro_batches == 0, f"arm {name}: {parts}")
+    stored = arm.method != "offline" or arm.divergence == "sampled"
+    check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")
     check(arm.group > 1, f"group={arm.group} (arm {name}): outcomes are compared within a prompt; give 2 or more")
     check(arm.ratio >= 0, f"ratio={arm.ratio} (arm {name}): right to wrong answers, 0 or more")
 
