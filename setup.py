@@ -30,6 +30,7 @@ REQUIRES = [
     "tqdm>=4.70",  # the progress bar
     "transformers>=5",  # tokenizers and configs; 5 needs no torch for them and keeps RoPE in rope_parameters
     "jinja2>=3.1",  # transformers' chat templates, which do not pull it in
+    "jax-privacy>=2.0",  # clipping by record, Poisson batches, audits; brings dp-accounting, which does the accounting
     "diffusers>=0.42",  # configs of flow models; the models themselves are ours
 ]
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from opd_jax.worlds import domains, reasoning, scenes
+from opd_jax.worlds import domains, functions, reasoning, scenes
 
 
 def scene_model() -> ConfigDict:
@@ -34,6 +34,13 @@ def reasoning_model(width: int, layers: int) -> ConfigDict:
         "tie_embeddings": True,
         "max_positions": reasoning.PROMPT_TOKENS + reasoning.SOLUTION_TOKENS,
     })  # fmt: skip
+
+
+def functions_model(width: int, layers: int) -> ConfigDict:
+    """A decoder for records of Python functions."""
+    model = reasoning_model(width, layers)
+    model.update({"vocab_size": functions.VOCABULARY, "max_positions": 256})
+    return model
 
 
 def domains_model(width: int, layers: int, pictures: bool = True) -> ConfigDict:

@@ -86,7 +86,7 @@ def once(
     parts = [lines for part in logged_as or (name,) if (lines := read_metrics(workdir, part))]
     seconds = sum(lines[-1]["seconds"] for lines in parts)  # includes those before a resume
     made = Made(params, recipe, params_sha256(params), seconds if parts else time.time() - began, samples)
-    first = [line["loss"] for line in parts[0][:FIRST]] if parts else []
+    first = [line["loss"] for line in parts[0][:FIRST] if "loss" in line] if parts else []  # none of private training
     save(path, made, (about or {}) | {"stage": name, "first_losses": first})
     return made
 
@@ -103,6 +103,7 @@ def trained(
     *,
     place,
     about,
+    averaged: bool = False,
     **run,
 ) -> Made:
     """The stage `name` that is `part.steps` updates in the loop.
@@ -112,6 +113,7 @@ def trained(
         start: parameters that it begins with.
         part: of the config, with steps and batch_size, and group where a prompt is answered more than once.
         place: puts the state on the devices.
+        averaged: whether the moving average is what was made.
         run: for `loop.run`.
     """
     functions, optimizer = method
@@ -128,6 +130,7 @@ def trained(
             seed=seed,
             **run,
         )
-        return state.params, part.steps * part.batch_size * part.get("group", 1)
+        params = state.ema if averaged else state.params
+        return params, part.steps * part.batch_size * part.get("group", 1)
 
     return once(name, workdir, recipe, make, about)

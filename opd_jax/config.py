@@ -7,6 +7,7 @@ code 2 from `run`. A traceback is left for mistakes that are ours.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -37,12 +38,13 @@ class ConfigError(ValueError):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> Path:
+def write_atomic(path: str | os.PathLike, data: bytes | str, mode: int = 0o666) -> Path:
     """Writes a file whole or not at all: readers, and runs killed at any moment, see the old content or the new.
 
     Args:
         path: the file; its folder is created when missing.
         data: bytes, or text that is stored as UTF-8.
+        mode: of the file, less the umask; never wider, not even for a moment.
 
     Returns:
         The path written.
@@ -51,7 +53,7 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder, so that the replacement is a rename
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=functools.partial(os.open, mode=mode)) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

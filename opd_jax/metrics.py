@@ -57,7 +57,7 @@ class MetricsWriter:
         stage: str,
         *,
         start: int = 0,
-        show: tuple[str, ...] = ("loss",),
+        show: tuple[str, ...] = ("loss", "epsilon"),
         last_good: Callable[[], Any] = lambda: None,
     ):
         self._stage, self._show, self._last_good = stage, show, last_good

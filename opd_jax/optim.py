@@ -90,8 +90,7 @@ def dense(
         gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
         change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.ema, params)
+        ema = averaged(state, params, ema_decay)
         metrics = {
             "loss": total / weight,
             "weight": weight,
@@ -111,6 +110,12 @@ def dense(
         return state, jax.tree.map(lambda x: x.mean(0), metrics)
 
     return Partial(update, supervise if isinstance(supervise, Partial) else Partial(supervise))
+
+
+def averaged(state: TrainState, params: PyTree, ema_decay: float | int) -> PyTree:
+    """The moving average after a step to `params`; the weight of the past is warmed up as (1 + step) / (10 + step)."""
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    return jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.ema, params)
 
 
 def _contribution(loss, params, part):

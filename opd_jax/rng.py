@@ -6,9 +6,14 @@ import jax
 from jaxtyping import Array, Key
 
 
-def stream(seed: int, name: str) -> Key[Array, ""]:
-    """The root key of one use of randomness, such as `stream(0, "sample")`. Names, not order, keep streams apart."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+def stream(seed: int | Key[Array, ""], name: str) -> Key[Array, ""]:
+    """The root key of one use of randomness, such as `stream(0, "sample")`. Names, not order, keep streams apart.
+
+    Args:
+        seed: an integer, of which 32 bits count, or a key, which has 64.
+    """
+    root = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+    return jax.random.fold_in(root, zlib.crc32(name.encode()))
 
 
 def at_step(key: Key[Array, ""], step: int) -> Key[Array, ""]:

@@ -35,9 +35,9 @@ def numbers():
 
 def run(workdir, steps, **options):
     return loop.run(
-        options.pop("method", None) or method(),
+        options.get("method") or method(),
         optim.init_state({"w": jnp.ones(3)}, OPTIMIZER),
-        numbers(),
+        options.get("data") or numbers(),
         workdir=workdir,
         stage="toy",
         checkpoint_dir=workdir / "checkpoints",
@@ -67,3 +67,30 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     saved = run(tmp_path, 2)
     assert int(saved.step) == 2
     assert np.isfinite(saved.params["w"]).all()
+
+
+class Three:
+    """Three batches, and no more."""
+
+    def __init__(self):
+        self.all = numbers()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.get_state()["next_index"] >= 3:
+            raise StopIteration
+        return next(self.all)
+
+    def get_state(self):
+        return self.all.get_state()
+
+    def set_state(self, state):
+        self.all.set_state(state)
+
+
+def test_where_the_data_ends_the_run_does_and_what_it_made_is_kept(tmp_path):
+    assert int(run(tmp_path / "short", 7, data=Three()).step) == 3
+    kept = run(tmp_path / "short", 7, data=Three())
+    jax.tree.map(np.testing.assert_array_equal, kept, run(tmp_path / "whole", 3))

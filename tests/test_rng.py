@@ -15,6 +15,7 @@ def test_streams_steps_and_records_differ_and_repeat():
     keys += [rng.at_step(keys[0], 1), rng.at_step(keys[0], 2)]
     assert len({data(key) for key in keys}) == len(keys)
     assert data(rng.stream(0, "sample")) == data(keys[0])
+    assert data(rng.stream(jax.random.key(0), "sample")) == data(keys[0])
 
 
 def test_a_record_keeps_its_key_in_another_batch():
