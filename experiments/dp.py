@@ -76,6 +76,8 @@ def check_arm(check, config, name: str, mesh) -> None:
         check(False, f"{error} (arm {name})")
     check(arm.clip_norm > 0, f"clip_norm={arm.clip_norm} (arm {name}): give a number above 0")
     check(arm.rollouts > 0, f"rollouts={arm.rollouts} (arm {name}): give 1 or more")
+    once = arm.rollouts == 1 or not arm.stored
+    check(once, f"rollouts={arm.rollouts} with stored=True (arm {name}): one continuation a record is stored; give 1")
     for key, choices in {"data": ("private", "public", "synthetic"), "teacher": ("public", "private")}.items():
         check(arm[key] in choices, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(choices)}")
     kept = not arm.private or arm.data == "private"

@@ -190,6 +190,7 @@ def test_continuations_of_a_record_are_its_own(mine):
         ({"opd__on_policy": 1.5}, "on_policy=1.5"),
         ({"opd__beta": -0.1}, "beta=-0.1"),
         ({"opd__clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"opd__rollouts": 2}, "rollouts=2 with stored=True (arm dp_lightning)"),
         ({"opd__data": "public"}, "there is nothing to protect"),
         ({"opd__teacher_share": 0.5}, "teacher_share=0.5"),
     ],
