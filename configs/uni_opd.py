@@ -2,6 +2,7 @@
 
     python experiments/main.py --config=configs/uni_opd.py          # from shipped models
     python experiments/main.py --config=configs/uni_opd.py:seeds    # three seeds, mean and standard deviation
+    python experiments/main.py --config=configs/uni_opd.py:full     # every arm
     python experiments/main.py --config=configs/uni_opd.py:tiny     # every stage, a few steps
 
 A student that reads text and pictures learns from the experts of domains whose answers can be checked. Wall time,
@@ -20,7 +21,12 @@ SETTINGS = {  # a domain's teacher
     "strong": {"logic": "strong"},  # wider and deeper than the student
     "cross_modal": {"code": "text", "charts": "charts"},  # one teacher reads text alone
 }
-VARIANTS = ("default", "tiny", "seeds", "paper", "paper_vl")
+MAIN = (  # the arms of the default and of `seeds`
+    "opd_single_logic", "uni_opd_single_logic", "opd_multi", "uni_opd_multi", "opd_strong", "uni_opd_strong",
+    "opd_cross_modal", "uni_opd_cross_modal", "no_margin", "no_offline", "no_online", "ratio_half", "ratio_2",
+    "shuffled", "reinforce",
+)  # fmt: skip
+VARIANTS = ("default", "full", "tiny", "seeds", "paper", "paper_vl")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict({
         "experiment": "uni_opd",
         "seeds": (0,),
-        "only": (),  # names of arms, such as ('a', 'b'); (): all
+        "only": MAIN if variant in ("default", "seeds") else (),  # names of arms, such as ('a', 'b'); (): all
         "student": {"path": ""},  # a Hugging Face directory; "": the embedded world's
         "teachers": {},  # NAME: {"path": ...}, where problems.path is given
         "problems": {
@@ -72,7 +78,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "steps": 64,
             "batch_size": 20,  # prompts of an update
             "group": 8,  # answers per prompt
-            "micro_batches": 1,
+            "micro_batches": 8,  # of answers of like length, each as wide as needed of
+            "widths": (32, 48, 64),  # tokens, or of the whole width
             "learning_rate": 1e-3,
             "warmup": 5,
             "decay_steps": 32,  # linear to zero over the last steps; 0: constant
@@ -121,7 +128,8 @@ def _tiny(config: ConfigDict) -> None:
     config.problems.count = 4
     config.sampler.slots = 8
     config.balancing.samples = 2
-    config.opd.update({"steps": 2, "batch_size": 8, "group": 2, "warmup": 0, "decay_steps": 1})
+    few = {"steps": 2, "batch_size": 8, "group": 2, "warmup": 0, "decay_steps": 1}
+    config.opd.update(few | {"micro_batches": 1, "widths": ()})
     config.eval.update({"problems": 2})
     config.update({"save_every": 1, "compile_quickly": True})
     config.shard = 4
@@ -158,6 +166,7 @@ def _paper(config: ConfigDict) -> None:
         "weight_decay": 0.1,
         "b2": 0.98,
         "micro_batches": 128,  # ours
+        "widths": (4_096, 8_192),  # ours
     })  # fmt: skip
     config.eval.update({"path": "held_out.jsonl", "problems": 0, "seed": 42})
     config.arms = {"opd_multi": config.arms.opd_multi, "uni_opd_multi": config.arms.uni_opd_multi}

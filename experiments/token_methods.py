@@ -2,11 +2,13 @@
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from experiments.language import Language, LanguageModel, Problems, outcomes
 from opd_jax import data, optim, rng, sharding
@@ -42,7 +44,7 @@ def _answer(decode_fn, params, batch, key, *, init_cache, how, group):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), batch)
     index = batch["index"]
     asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, batch["task"])
-    return sampling.generate(decode_fn, init_cache, params, asked, how)
+    return sampling.generate(decode_fn, init_cache, params, asked, how, group)
 
 
 def answer(student: LanguageModel, how: SamplingParams, group: int = 1):
@@ -54,13 +56,27 @@ def answer(student: LanguageModel, how: SamplingParams, group: int = 1):
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
+class Reading(NamedTuple):
+    """What a teacher makes of a rollout."""
+
+    logp: Float[Array, "B S"]  # of the response, as `logp_of`
+    hidden: Float[Array, "B S E"]
+
+
+@functools.partial(jax.jit, static_argnames="head_fn")
+def read(hidden_fn: Partial, params, rollout, *, head_fn) -> Reading:
+    """Log-probabilities and hidden states of a rollout under a model, in one forward pass."""
+    place = jnp.arange(rollout.tokens.shape[1])[None]
+    tokens = jnp.where(place < jnp.asarray(rollout.length)[:, None], rollout.tokens, 0)
+    hidden = hidden_fn(params, tokens, None)
+    counted = rollout.response & (place > 0)
+    return Reading(token_logp(lambda *_: hidden, params, tokens, counted, head_fn=head_fn), hidden)
+
+
 @functools.partial(jax.jit, static_argnames="head_fn")
 def logp_of(hidden_fn: Partial, params, rollout, *, head_fn) -> jax.Array:
     """Log-probabilities of a rollout's response under a model, in nats at temperature 1, `[B, S]`."""
-    place = jnp.arange(rollout.tokens.shape[1])[None]
-    tokens = jnp.where(place < jnp.asarray(rollout.length)[:, None], rollout.tokens, 0)
-    counted = rollout.response & (place > 0)
-    return token_logp(hidden_fn, params, tokens, counted, head_fn=head_fn)
+    return read(hidden_fn, params, rollout, head_fn=head_fn).logp
 
 
 @jax.jit
@@ -100,7 +116,8 @@ def update_of(supervise, recipe) -> tuple:
     optimizer = optim.adamw(
         recipe.learning_rate, warmup=recipe.warmup, decay=decay, weight_decay=recipe.weight_decay, b2=recipe.b2
     )
-    return optim.dense(supervise, optimizer, micro_batches=recipe.micro_batches), optimizer
+    split = {"micro_batches": recipe.micro_batches, "widths": tuple(recipe.get("widths", ()))}
+    return optim.dense(supervise, optimizer, **split), optimizer
 
 
 def online(student: LanguageModel, teacher: LanguageModel, teacher_params, how: SamplingParams, recipe) -> tuple:

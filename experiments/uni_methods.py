@@ -60,18 +60,19 @@ def judge(
         failures: counts why outcomes are unknown.
         exact: the teachers' hidden states too.
     """
-    logp_of = lambda model, params: functools.partial(token_methods.logp_of, model.hidden, params, head_fn=model.head)
-    states_of = lambda model, params: lambda part: token_methods.states_of(model)(params, part).hidden
-    scored = {task: logp_of(*teacher) for task, teacher in teachers.items()}
-    states = {task: states_of(*teacher) for task, teacher in teachers.items()}
+    read = token_methods.read if exact else token_methods.logp_of
+    said = {
+        task: functools.partial(read, model.hidden, params, head_fn=model.head)
+        for task, (model, params) in teachers.items()
+    }
     place = functools.partial(sharding.shard_batch, mesh=mesh)
 
     def label(_, rollout):
-        judged = Judged(label_by_task(scored, rollout, place, mesh.size), read_verdicts(rollout))
-        if exact:
-            number = np.searchsorted(sorted(teachers), np.asarray(rollout.task)).astype(np.int32)
-            judged = judged._replace(hidden=label_by_task(states, rollout, place, mesh.size), teacher=number)
-        return place(judged)
+        found, outcome = label_by_task(said, rollout, place, mesh.size), read_verdicts(rollout)
+        if not exact:
+            return place(Judged(found, outcome))
+        number = np.searchsorted(sorted(teachers), np.asarray(rollout.task)).astype(np.int32)
+        return place(Judged(found.logp, outcome, found.hidden, number))
 
     def read_verdicts(rollout):
         found = verdicts(language, problems, rollout)

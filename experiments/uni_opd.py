@@ -87,7 +87,7 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(not uneven, f"{uneven} (arm {name})")
     records = arm.batch_size * arm.group
     parts = f"{records} records do not divide into {arm.micro_batches} micro_batches"
-    check(records % arm.micro_batches == 0, f"arm {name}: {parts}")
+    check(records % (arm.micro_batches * mesh.size) == 0, f"arm {name}: {parts} on each of {mesh.size} devices")
     stored = arm.method != "offline" or arm.divergence == "sampled"
     check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")
     check(arm.group > 1, f"group={arm.group} (arm {name}): outcomes are compared within a prompt; give 2 or more")

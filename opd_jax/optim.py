@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
-from jaxtyping import Array, Key, Shaped
+from jaxtyping import Array, Int, Key, Shaped
 
 from opd_jax.types import Metrics, PyTree, Supervise, TrainState
 
@@ -54,6 +54,7 @@ def dense(
     micro_batches: int = 1,
     updates: int = 1,
     ema_decay: float = 0.0,
+    widths: tuple[int, ...] = (),
 ) -> Callable[[TrainState, PyTree, PyTree, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """The update of every method without privacy: gradient of `sum(total) / sum(weight)`, divided once.
 
@@ -67,6 +68,9 @@ def dense(
         micro_batches: forward and backward over this many parts of the batch in turn, to bound memory.
         updates: optimiser steps per rollout, each on its share of the records (1: strictly on-policy).
         ema_decay: weight of the past in the average that is evaluated; warmed up as (1 + step) / (10 + step). 0: none.
+        widths: of rollouts with tokens `[B, S]`: each micro-batch has records of like length, and is computed at the
+            smallest of these widths that holds them all, or at S. So padding is not paid for, and nothing is compiled
+            anew. For losses without randomness: a record's place in the batch changes. (): all at S.
 
     Returns: `update(state, rollout, labels, key) -> (state, metrics)`. `state` is donated.
     Raises: ValueError at tracing where the records do not divide into `updates * micro_batches`.
@@ -78,12 +82,17 @@ def dense(
             counts = {name: value.sum() for name, value in result.metrics.items()}
             return result.total.sum(), (result.weight.sum(), counts, jnp.float32(result.weight.size), result.spread)
 
+        contribution = partial(_contribution, loss, state.params)
+        if widths:
+            contribution = at_own_width(contribution, widths, rollout.tokens.shape[1])
+
         def accumulate(carry, part):
-            added, spread = _contribution(loss, state.params, part)
+            added, spread = contribution(part)
             return jax.tree.map(jnp.add, carry, added), spread
 
-        parts = split((rollout, labels), micro_batches)
-        shapes, _ = jax.eval_shape(partial(_contribution, loss, state.params), jax.tree.map(lambda x: x[0], parts))
+        whole = rollout, labels
+        parts = split_by_length(whole, rollout.length, micro_batches) if widths else split(whole, micro_batches)
+        shapes, _ = jax.eval_shape(contribution, jax.tree.map(lambda x: x[0], parts))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (gradient, total, weight, sums, records), spread = jax.lax.scan(accumulate, zero, parts)
         weight = jnp.maximum(weight, 1e-12)
@@ -136,3 +145,47 @@ def split(tree: PyTree, parts: int) -> PyTree:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(leaf, tree)
+
+
+def split_by_length(tree: PyTree, length: Int[Array, "B"], parts: int) -> PyTree:
+    """As `split`, but the records of a part are of like length: the first has the shortest of every device, and so on.
+
+    Raises: ValueError where the records of a device do not divide into parts.
+    """
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1)
+    if len(length) % (devices * parts):
+        raise ValueError(f"{len(length)} records do not divide into {parts} parts on each of {devices} devices")
+    order = jnp.argsort(length.reshape(devices, -1), axis=1)
+
+    def leaf(x: Shaped[Array, "B *rest"]):
+        own = x.reshape(*order.shape, *x.shape[1:])
+        own = jax.vmap(lambda x, order: x[order])(own, order)
+        own = own.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        return own.reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(leaf, tree)
+
+
+def at_own_width(contribution, widths: tuple[int, ...], most: int):
+    """`contribution(part)` without the padding that all of the part's records have.
+
+    It is differentiated within each branch: outside, all branches' residuals would be kept. What has `most` entries
+    along the second axis is taken to be along the tokens; spread is NaN where it was cut off.
+    """
+    sizes = (*sorted(width for width in set(widths) if width < most), most)
+
+    def at(width: int):
+        cut = lambda x: x[:, :width] if x.ndim > 1 and x.shape[1] == most else x
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, most - width)), constant_values=jnp.nan) if x.ndim > 1 else x
+
+        def branch(part):
+            added, spread = contribution(jax.tree.map(cut, part))
+            return added, jax.tree.map(pad, spread)
+
+        return branch
+
+    def smallest(part):
+        too_narrow = part[0].length.max() > jnp.array(sizes[:-1], jnp.int32)
+        return jax.lax.switch(too_narrow.sum(), [at(width) for width in sizes], part)
+
+    return smallest

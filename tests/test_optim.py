@@ -1,10 +1,14 @@
 """The dense update: divided once, whatever the split; and its averages."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax import optim
 from opd_jax.types import Weighted
@@ -113,3 +117,51 @@ def test_parameters_and_average_keep_their_dtype():
         optim.init_state(params, optimizer), DATA, jnp.ones(8), KEY
     )
     assert state.params["w"].dtype == state.ema["w"].dtype == jnp.bfloat16
+
+
+def token_supervise(params, rollout, labels, key):
+    """Per record the sum over its tokens of (w token - label)^2; what is padding must not be read."""
+    counted = jnp.arange(rollout.tokens.shape[1])[None] < rollout.length[:, None]
+    error = jnp.where(counted, rollout.tokens * params["w"][0] - labels, 0.0)
+    spread = {"error": jnp.where(counted, error, jnp.nan)}
+    width = jnp.full(len(counted), counted.shape[1], jnp.float32)
+    return Weighted((error**2).sum(1), counted.sum(1).astype(jnp.float32), {"width": width}, spread)
+
+
+class Ragged(NamedTuple):
+    tokens: jax.Array
+    length: jax.Array
+
+
+def ragged(devices: int = 1):
+    length = jnp.array([9, 2, 12, 3, 5, 1, 4, 8] * devices)
+    tokens = jax.random.normal(jax.random.key(1), (len(length), 12))
+    padding = jnp.arange(12)[None] >= length[:, None]
+    return Ragged(jnp.where(padding, jnp.nan, tokens), length), jax.random.normal(KEY, tokens.shape)
+
+
+def token_update(batch, **options):
+    optimizer = optax.sgd(0.1)
+    update = optim.dense(token_supervise, optimizer, **options)
+    return jax.device_get(update(optim.init_state(PARAMS, optimizer), *batch, KEY))
+
+
+def test_records_of_like_length_are_computed_at_their_width_and_nothing_else_changes():
+    whole, own = token_update(ragged()), token_update(ragged(), micro_batches=4, widths=(3, 5, 99))
+    assert whole[1].pop("width") == 12
+    assert own[1].pop("width") == np.mean([3, 5, 12, 12])  # lengths 1 2, 3 4, 5 8, 9 12
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, own)
+
+
+def test_width_is_a_matter_of_each_device():
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(ragged(8), NamedSharding(mesh, PartitionSpec("data")))
+        whole, own = token_update(batch), token_update(batch, micro_batches=4, widths=(2, 4, 8))
+        assert own[1].pop("width") == np.mean([2, 4, 8, 12])
+        assert whole[1].pop("width") == 12
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, own)
+        text = jax.jit(partial(optim.split_by_length, parts=4)).lower(batch, batch[0].length).compile().as_text()
+        assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="8 records do not divide into 2 parts on each of 8 dev"):
+        token_update(ragged(), micro_batches=2, widths=(4,))

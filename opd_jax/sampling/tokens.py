@@ -141,7 +141,12 @@ def draw(
 
 
 def generate(
-    decode_fn: DecodeFn, init_cache: InitCache, params: PyTree, prompts: Prompts, sampling: SamplingParams
+    decode_fn: DecodeFn,
+    init_cache: InitCache,
+    params: PyTree,
+    prompts: Prompts,
+    sampling: SamplingParams,
+    samples: int = 1,
 ) -> TokenRollout:
     """Answers all prompts in one batch. Jit it, with the functions and `sampling` static or bound; no gradient.
 
@@ -153,6 +158,7 @@ def generate(
         prompts: a record's answer does not depend on `P`, on its padding, nor on the batch and the devices, but by the
             rounding of the logits.
         sampling: static: another value compiles anew.
+        samples: rows in a row that ask the same; a prompt is prefilled once for all of them.
 
     | case | result |
     |---|---|
@@ -161,11 +167,17 @@ def generate(
     | a stop id in the prompt | has no effect |
 
     Raises:
-        ValueError: bad sampling parameters, ids outside the vocabulary, or a cache of another shape.
+        ValueError: bad sampling parameters, ids outside the vocabulary, a cache of another shape, or rows that are not
+            a multiple of `samples`.
     """
     check_params(sampling)
+    rows, room = prompts.tokens.shape
+    if rows % samples:
+        raise ValueError(f"{rows} rows are no multiple of samples={samples}; repeat every prompt as often")
     model = _bind(decode_fn, params)
-    slots = _prefill(model, prompts, _cache(init_cache, *prompts.tokens.shape), sampling)
+    asked = jax.tree.map(lambda leaf: leaf.reshape(-1, samples, *leaf.shape[1:])[:, 0], prompts)
+    cache = _prefill(model, asked, _cache(init_cache, rows // samples, room), sampling).cache
+    slots = _open(prompts, jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=1), cache), sampling)
     longer = lambda leaf: jnp.pad(leaf, [(0, sampling.max_new_tokens if axis == 2 else 0) for axis in range(leaf.ndim)])
     slots = slots._replace(cache=jax.tree.map(longer, slots.cache))
     running = lambda slots: (slots.left > 0).any()

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several teachers, one batch: every record is labelled by the teacher of its task, and by no other."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from opd_jax.config import ConfigError
-from opd_jax.types import TokenRollout
+from opd_jax.types import PyTree, TokenRollout
 
 
 def check_routes(teachers: Mapping[str, Any], tasks: Mapping[int, str]) -> None:
@@ -22,11 +23,11 @@ def check_routes(teachers: Mapping[str, Any], tasks: Mapping[int, str]) -> None:
 
 
 def label_by_task(
-    label_fns: Mapping[int, Callable[[TokenRollout], Array]],
+    label_fns: Mapping[int, Callable[[TokenRollout], PyTree]],
     rollout: TokenRollout,
     place: Callable[[TokenRollout], TokenRollout] = lambda part: part,
     multiple: int = 1,
-) -> Float[np.ndarray, "B S *rest"]:
+) -> PyTree:
     """What each record's own teacher says of it, put together on the host in the order of the batch.
 
     A teacher sees its records alone, so that N teachers cost as much as one, whatever their sizes and wherever they
@@ -34,12 +35,13 @@ def label_by_task(
     records of every task, which then also divides `multiple`.
 
     Args:
-        label_fns: by task, `label(part) -> [b, S, ...]`; NaN for a record that it could not label.
+        label_fns: by task, `label(part)` -> an array `[b, S, ...]` or a tree of them, NaN for a record that it could
+            not label.
         place: puts the part of a batch where the teacher wants it.
         multiple: parts are filled up to a multiple of this by records that are there already; of the devices, say.
 
     Returns:
-        float32, zeros beyond a narrower teacher's last axis.
+        The same tree, of numpy float32, zeros beyond a narrower teacher's last axis.
 
     Raises:
         ConfigError: a task without a teacher.
@@ -52,9 +54,14 @@ def label_by_task(
         index = np.flatnonzero(task == name)
         filled = np.resize(index, len(index) + -len(index) % multiple)
         part = place(jax.tree.map(lambda leaf, filled=filled: leaf[filled], rollout))
-        found[name] = index, np.asarray(label_fns[name](part), np.float32)[: len(index)]
-    width = [max(sizes) for sizes in zip(*(labels.shape[1:] for _, labels in found.values()))]
-    out = np.zeros((len(task), *width), np.float32)
-    for index, labels in found.values():
-        out[(index, *(slice(0, size) for size in labels.shape[1:]))] = labels
+        found[name] = index, jax.device_get(label_fns[name](part))
+    indices, labels = zip(*found.values())
+    return jax.tree.map(functools.partial(_together, len(task), indices), *labels)
+
+
+def _together(count: int, indices: Sequence[np.ndarray], *parts: np.ndarray) -> Float[np.ndarray, "B S *rest"]:
+    """Parts of a batch at their places, without what they were filled up with; zeros beyond a narrower last axis."""
+    out = np.zeros((count, *(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts)))), np.float32)
+    for index, part in zip(indices, parts):
+        out[(index, *(slice(0, size) for size in part.shape[1:]))] = part[: len(index)]
     return out

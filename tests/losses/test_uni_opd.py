@@ -223,7 +223,7 @@ def test_exact_divergence_has_the_expected_gradient_of_the_sampled_token():
     exact = supervise(
         hidden_fn, head_fn=head_fn, reduction="token", divergence="reverse_kl", teacher_heads=TEACHER["head"][None]
     )
-    close(*(gradient(loss, rollout, labels, weight=P_STUDENT) for loss in (sampled, exact)), atol=2e-6)
+    close(*(gradient(loss, rollout, labels, weight=P_STUDENT) for loss in (sampled, exact)), atol=1e-5)
     plain = opd.supervise(hidden_fn, head_fn, TEACHER["head"])
     nothing = labels._replace(shift=0 * labels.shift)
     close(gradient(exact, rollout, nothing), gradient(plain, rollout, TeacherStates(states)), atol=1e-5)

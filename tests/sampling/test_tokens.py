@@ -348,6 +348,17 @@ def test_the_logits_of_a_prefill_are_never_computed():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * len(PROMPTS) * wide * vocabulary / 4
 
 
+def test_samples_of_a_prompt_share_its_prefill_and_draw_what_they_draw_alone():
+    prompts, calls, traces = prompts_of(samples=3), [], []
+    rollout = jax.jit(generate, static_argnums=(0, 1, 4, 5))(
+        counted(calls, traces), init_cache, PARAMS, prompts, WARM, 3
+    )
+    assert traces[0] == (len(PROMPTS), ROOM)
+    assert_same(rollout, run(prompts))
+    with pytest.raises(ValueError, match="rows are no multiple of samples=5"):
+        generate(decode, init_cache, PARAMS, prompts, WARM, 5)
+
+
 def test_the_loop_ends_with_the_last_record():
     calls = []
     rollout = run(prompts_of(ids=PROMPTS[:3]), WARM._replace(max_new_tokens=25), decode_fn=counted(calls, []))

@@ -42,6 +42,13 @@ def test_a_narrower_teacher_is_padded_with_zeros():
     np.testing.assert_array_equal(found[TASK == 0][..., 2:], 0)
 
 
+def test_teachers_may_say_several_things():
+    said = lambda sign: lambda part: {"a": sign * part.tokens, "b": jnp.full((len(part.task), 3, 2), sign)}
+    found = label_by_task({0: said(1), 2: said(-1)}, rollout(), multiple=4)
+    np.testing.assert_array_equal(found["a"], np.where(TASK[:, None] == 0, 1, -1) * np.arange(15).reshape(5, 3))
+    np.testing.assert_array_equal(found["b"][:, 0, 0], np.where(TASK == 0, 1, -1))
+
+
 def test_a_task_without_a_teacher_is_named():
     with pytest.raises(ConfigError, match="task 2"):
         label_by_task({0: lambda part: part.tokens}, rollout())
