@@ -37,6 +37,7 @@ REQUIRES = [
 EXTRAS = {
     "test": [
         "torch==2.13.0",  # exactly: reference models for parity; unpinned, pip may pick another build of gigabytes
+        "peft>=0.21",  # reads the adapters that we write, and writes what we read
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "beartype>=0.23",  # checks jaxtyping's annotations in tests

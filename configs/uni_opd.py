@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 PLAIN = {"upsample": False, "balance": False, "margin": "none"}  # standard OPD
+TEACHER = {"path": "", "url": "", "api": "vllm", "served_model": ""}  # a directory, or a server
 SETTINGS = {  # a domain's teacher
     "single_logic": {"logic": "logic"},
     "single_charts": {"charts": "charts"},
@@ -36,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "seeds": (0,),
         "only": MAIN if variant in ("default", "seeds") else (),  # names of arms, such as ('a', 'b'); (): all
         "student": {"path": ""},  # a Hugging Face directory; "": the embedded world's
-        "teachers": {},  # NAME: {"path": ...}, where problems.path is given
+        "teachers": {},  # NAME: as TEACHER, where problems.path is given
         "problems": {
             "path": "",  # a JSONL file; "": the embedded world's
             "count": 512,  # of each domain
@@ -143,7 +144,7 @@ def _paper(config: ConfigDict) -> None:
     Give `student.path`, `teachers.mathematics.path`, `teachers.code.path`, `problems.path` and `eval.path`. What
     neither states is marked as ours.
     """
-    config.teachers = {"mathematics": {"path": ""}, "code": {"path": ""}}
+    config.teachers = {name: dict(TEACHER) for name in ("mathematics", "code")}
     config.verifiers = {"mathematics": "maths"}
     config.settings = {"multi": {"mathematics": "mathematics", "code": "code"}}
     config.problems.update({
@@ -176,7 +177,7 @@ def _paper_vl(config: ConfigDict) -> None:
     """Qwen3-VL-4B from experts of mathematics, logic and documents in pictures; what differs from the text runs."""
     _paper(config)
     names = ("mathematics", "logic", "documents")
-    config.teachers = {name: {"path": ""} for name in names}
+    config.teachers = {name: dict(TEACHER) for name in names}
     config.settings = {"multi": {name: name for name in names}}
     config.verifiers = {"mathematics": "maths", "logic": "choice", "documents": "number"}  # ours, for OpenMMReasoner
     config.problems.images = 1

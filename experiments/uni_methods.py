@@ -2,7 +2,8 @@
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,15 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from experiments import token_methods
 from experiments.language import Language, LanguageModel, Problems, verdicts
+from experiments.uni_setup import Model
 from opd_jax import data, sharding
 from opd_jax.losses import uni_opd
 from opd_jax.losses.uni_opd import Calibration
 from opd_jax.sampling.tokens import SamplingParams
 from opd_jax.teachers import lookup
 from opd_jax.teachers.routing import label_by_task
-from opd_jax.types import Method, PyTree
-
-Teacher = tuple[LanguageModel, PyTree]  # and its parameters
+from opd_jax.types import Method
 
 
 class Judged(NamedTuple):
@@ -51,27 +51,33 @@ def bundles(problems: Problems, chosen: Sequence[Sequence[int]], batch_size: int
     return data.epochs(record, max(map(len, mixed)), batch_size // len(mixed), seed, place)
 
 
-def judge(
-    teachers: Mapping[int, Teacher], language: Language, problems: Problems, mesh, failures: Counter, exact: bool
-):
+def reader(teacher: Model, exact: bool, keep: Path):
+    """`label(rollout)`: a teacher's log-probs of the response, or, if `exact`, a `Reading` with its hidden states.
+
+    Args:
+        keep: directory for what a server has left unscored, so that it is not lost.
+    """
+    if teacher.server is not None:
+        return lambda rollout: teacher.server.label(rollout, keep).teacher_logp
+    read, model = token_methods.read if exact else token_methods.logp_of, teacher.functions
+    return functools.partial(read, model.hidden, teacher.params, head_fn=model.head)
+
+
+def judge(said: Mapping[int, Callable], language: Language, problems: Problems, mesh, failures: Counter, exact: bool):
     """`Method.label`: every answer's log-probs under the teacher of its task, and its outcome.
 
     Args:
+        said: the `reader` of each task's teacher.
         failures: counts why outcomes are unknown.
         exact: the teachers' hidden states too.
     """
-    read = token_methods.read if exact else token_methods.logp_of
-    said = {
-        task: functools.partial(read, model.hidden, params, head_fn=model.head)
-        for task, (model, params) in teachers.items()
-    }
     place = functools.partial(sharding.shard_batch, mesh=mesh)
 
     def label(_, rollout):
         found, outcome = label_by_task(said, rollout, place, mesh.size), read_verdicts(rollout)
         if not exact:
             return place(Judged(found, outcome))
-        number = np.searchsorted(sorted(teachers), np.asarray(rollout.task)).astype(np.int32)
+        number = np.searchsorted(sorted(said), np.asarray(rollout.task)).astype(np.int32)
         return place(Judged(found.logp, outcome, found.hidden, number))
 
     def read_verdicts(rollout):
@@ -82,9 +88,9 @@ def judge(
     return label
 
 
-def heads_of(teachers: Mapping[int, Teacher]) -> Float[Array, "N E V"]:
+def heads_of(teachers: Mapping[int, Model]) -> Float[Array, "N E V"]:
     """The output projections of all teachers in the order of their tasks, narrower ones with rows of zeros."""
-    heads = [np.asarray(model.head(params)) for _, (model, params) in sorted(teachers.items())]
+    heads = [np.asarray(teacher.functions.head(teacher.params)) for _, teacher in sorted(teachers.items())]
     width = max(len(head) for head in heads)
     return jnp.stack([np.pad(head, ((0, width - len(head)), (0, 0))) for head in heads])
 
@@ -129,7 +135,7 @@ def update_of(student: LanguageModel, recipe, heads=None) -> tuple:
     return update, optimizer
 
 
-def online(student: LanguageModel, teachers: Mapping[int, Teacher], label, how: SamplingParams, recipe) -> tuple:
+def online(student: LanguageModel, teachers: Mapping[int, Model], label, how: SamplingParams, recipe) -> tuple:
     """Uni-OPD, and plain OPD with margin and balance off."""
     heads = None if recipe.divergence == "sampled" else heads_of(teachers)
     update, optimizer = update_of(student, recipe, heads)

@@ -36,7 +36,8 @@ def validate(config, mesh) -> None:
         if embedded:
             check_world(check, config)
         else:
-            paths = {"student": config.student.path} | {f"teachers.{k}": v.path for k, v in config.teachers.items()}
+            paths = {"student": config.student.path}
+            paths |= {f"teachers.{name}": part.path for name, part in config.teachers.items() if not part.get("url")}
             for name, path in paths.items():
                 there = path and (Path(path) / "config.json").exists()
                 check(there, f"{name}.path={path!r}: give a Hugging Face directory, since problems.path is given")
@@ -79,6 +80,11 @@ def check_arm(check, config, name: str, mesh) -> None:
     if arm.setting not in config.settings:
         check(False, f"setting={arm.setting!r} (arm {name}): choose one of {', '.join(config.settings)}")
         return
+    exact = arm.method == "uni_opd" and arm.divergence != "sampled"
+    for teacher in config.settings[arm.setting].values():
+        served = config.teachers.get(teacher, {}).get("url", "")
+        says = f"arm {name}: teacher {teacher} is served and gives log-probs of samples only; divergence='sampled'"
+        check(not (served and exact), says)
     count = len(config.settings[arm.setting])
     even = arm.batch_size % count == 0
     check(even, f"batch_size={arm.batch_size} (arm {name}): give a multiple of its {count} domains")
@@ -102,7 +108,8 @@ def run(config, workdir: Path, mesh) -> None:
     for setting in dict.fromkeys(arm_recipe(config, name).setting for name in config.arms):
         names = tuple(config.settings[setting])
         rows = [line("student", [experiment.score(student, student.params, names)])]
-        rows.append(line("teacher", [experiment.score_of_teachers(setting)]))
+        if (of_teachers := experiment.score_of_teachers(setting)) is not None:
+            rows.append(line("teacher", [of_teachers]))
         for name in (name for name in config.arms if arm_recipe(config, name).setting == setting):
             students = [experiment.arm(name, seed) for seed in config.seeds]
             made[name] = students[0]

@@ -2,12 +2,13 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from configs import domains_models as models_config
@@ -15,21 +16,23 @@ from experiments import domains, domains_models, language, multimodal, reasoning
 from experiments.language import Language, LanguageModel, Problems
 from opd_jax import rng, sharding
 from opd_jax.checkpoint import params_sha256
-from opd_jax.config import ConfigError
+from opd_jax.config import ConfigError, fingerprint
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import check_same_tokenizer, load_decoder, load_vlm
 from opd_jax.models.vlm import VLM
+from opd_jax.teachers.remote import RemoteTeacher
 from opd_jax.teachers.routing import check_routes
 from opd_jax.worlds import domains as world
 
 
 class Model(NamedTuple):
-    """A model with the bank of all pictures bound to it."""
+    """A model with the bank of all pictures bound to it; or a teacher behind a server, then nothing but that."""
 
-    functions: LanguageModel
+    functions: LanguageModel | None
     params: Any
-    sha256: str
-    module: Decoder | VLM
+    sha256: str  # of the parameters, or of where it is served
+    module: Decoder | VLM | None
+    server: RemoteTeacher | None = None
 
 
 class Setup(NamedTuple):
@@ -74,10 +77,9 @@ def of_world(config, mesh) -> Setup:
 def of_directories(config, mesh) -> Setup:
     """A user's Hugging Face directories and JSONL files."""
     part, directory = config.problems, config.student.path
-    for name, teacher in config.teachers.items():
-        check_same_tokenizer(directory, teacher.path)
-        if not (Path(teacher.path) / "config.json").exists():
-            raise ConfigError(f"teachers.{name}.path={teacher.path}: no config.json")
+    for teacher in config.teachers.values():
+        if not teacher.get("url"):
+            check_same_tokenizer(directory, teacher.path)
     tokenizer = language.load_tokenizer(directory)
     module, params = load_directory(directory, mesh, part.images)
     read = multimodal.Reader(tokenizer, module, part, dict(config.verifiers))
@@ -95,9 +97,28 @@ def of_directories(config, mesh) -> Setup:
         functions = _with_ids_of(functions, read.vocab_size, getattr(module, "vocab_size", read.vocab_size))
         return Model(functions, params, params_sha256(params), module)
 
-    load = lambda name: bind(*load_directory(config.teachers[name].path, mesh, part.images))
+    def load(name: str) -> Model:
+        teacher = config.teachers[name]
+        if not teacher.get("url"):
+            return bind(*load_directory(teacher.path, mesh, part.images))
+        taught = {domain for setting in config.settings.values() for domain, who in setting.items() if who == name}
+        ids = [ids for ids, task in zip(problems.ids, problems.tasks) if names[task] in taught]
+        return served(name, teacher, ids, own.vocab_size)
+
     room = part.prompt_tokens
     return Setup(own, names, problems, held_out, room, bind(module, params), functools.cache(load))
+
+
+def served(name: str, part, asked: Sequence[np.ndarray], vocab_size: int) -> Model:
+    """A teacher behind a server, tried on its first prompt.
+
+    Raises: ConfigError when the server does not answer, or a prompt has pictures: ids of them mean nothing elsewhere.
+    """
+    if any(ids.max() >= vocab_size for ids in asked):
+        raise ConfigError(f"teachers.{name}.url={part.url}: its domain has pictures, and a server is sent text alone")
+    server = RemoteTeacher(part.url, api=part.get("api", "vllm"), model=part.get("served_model", ""))
+    server.self_test(asked[0], None)
+    return Model(None, None, fingerprint({"url": part.url, "model": part.get("served_model", "")}), None, server)
 
 
 def load_directory(directory: str, mesh, images: int):

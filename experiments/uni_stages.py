@@ -50,6 +50,11 @@ class Experiment:
         pairs = self.config.settings[setting].items()
         return {self.setup.domains.index(domain): self.setup.load(teacher) for domain, teacher in pairs}
 
+    def judge(self, teachers: dict[int, Model], problems: language.Problems, exact: bool):
+        keep = self.workdir / "unscored"
+        said = {task: uni_methods.reader(teacher, exact, keep) for task, teacher in teachers.items()}
+        return uni_methods.judge(said, self.setup.language, problems, self.mesh, self.failures, exact)
+
     # ---- stages ----
 
     def solved(self) -> np.ndarray:
@@ -82,19 +87,17 @@ class Experiment:
         """One student."""
         recipe, how = arm_recipe(self.config, name), self.sampler(self.config.sampler)
         setup, student, teachers = self.setup, self.setup.student, self.teachers(recipe.setting)
-        taught = {task: (teacher.functions, teacher.params) for task, teacher in teachers.items()}
         upstream = [self.asked, student.sha256, *(f"{task}:{one.sha256}" for task, one in sorted(teachers.items()))]
         settings, chosen = {"arm": recipe.to_dict(), "seed": seed, "how": how._asdict()}, self.chosen(recipe)
         if recipe.method == "offline":
-            stored = self.stored(name, recipe, chosen, taught, upstream, seed)
+            stored = self.stored(name, recipe, chosen, teachers, upstream, seed)
             batches = self.stored_batches(stored, recipe, seed)
         else:
             batches = uni_methods.bundles(setup.problems, chosen, recipe.batch_size, setup.room, seed, self.mesh)
-        judge = functools.partial(uni_methods.judge, taught, setup.language, setup.problems, self.mesh, self.failures)
+        exact = recipe.divergence != "sampled" and recipe.method == "uni_opd"
+        judge = lambda: self.judge(teachers, setup.problems, exact)
         new = {
-            "uni_opd": lambda: uni_methods.online(
-                student.functions, taught, judge(recipe.divergence != "sampled"), how, recipe
-            ),
+            "uni_opd": lambda: uni_methods.online(student.functions, teachers, judge(), how, recipe),
             "offline": lambda: uni_methods.offline(student.functions, recipe),
             "grpo": lambda: token_methods.grpo(student.functions, setup.language, setup.problems, how, recipe),
         }[recipe.method]
@@ -114,14 +117,14 @@ class Experiment:
             save_every=self.config.save_every,
         )
 
-    def stored(self, name: str, recipe, chosen, taught, upstream, seed: int) -> store.Store:
+    def stored(self, name: str, recipe, chosen, teachers, upstream, seed: int) -> store.Store:
         """The student's answers to as many prompts as an offline arm uses, labelled and verified once."""
         setup, how = self.setup, self.sampler(self.config.sampler)
         count = math.ceil(recipe.steps * recipe.batch_size / len(chosen))
         mixed = [np.random.default_rng((seed, i)).permutation(some) for i, some in enumerate(chosen)]
         indices = [int(some[i % len(some)]) for i in range(min(count, max(map(len, chosen)))) for some in mixed]
         problems = language.Problems(*([column[i] for i in indices] for column in setup.problems))
-        judge = uni_methods.judge(taught, setup.language, problems, self.mesh, self.failures, False)
+        judge = self.judge(teachers, problems, False)
 
         def label(rollout):
             judged = judge(None, rollout)
@@ -159,13 +162,16 @@ class Experiment:
         self.failures.update(found.failures)
         return dict(zip(names, np.split(found.outcome, np.cumsum([len(some) for some in indices])[:-1])))
 
-    def score_of_teachers(self, setting: str) -> dict[str, np.ndarray]:
-        """Each domain's own teacher."""
-        for domain, name in self.config.settings[setting].items():
+    def score_of_teachers(self, setting: str) -> dict[str, np.ndarray] | None:
+        """Each domain's own teacher; None where one is behind a server, which labels and does not answer."""
+        pairs = self.config.settings[setting].items()
+        teachers = {pair: self.setup.load(pair[1]) for pair in pairs}
+        if any(teacher.server is not None for teacher in teachers.values()):
+            return None
+        for (domain, name), teacher in teachers.items():
             if (domain, name) not in self.scored:
-                teacher = self.setup.load(name)
                 self.scored[domain, name] = self.score(teacher, teacher.params, [domain])[domain]
-        return {domain: self.scored[domain, name] for domain, name in self.config.settings[setting].items()}
+        return {domain: self.scored[domain, name] for domain, name in pairs}
 
     def export(self, name: str, made: stages.Made) -> None:
         """A student as a Hugging Face directory, where it came from one."""

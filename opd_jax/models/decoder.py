@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from opd_jax.models.rope import Rope, rotate
 from opd_jax.sharding import Rules
@@ -259,8 +259,7 @@ class _Attention(nn.Module):
         v = self._heads(x, "v", num_kv_heads, context)
         causal = causal and cache is None
         if cache is not None:
-            rows = jnp.arange(q.shape[0])[:, None]
-            cache = Cache(*(old.at[layer, rows, context.positions].set(new) for old, new in zip(cache, (k, v))))
+            cache = Cache(*(write_slots(old, layer, context.positions, new) for old, new in zip(cache, (k, v))))
             k, v = cache.k[layer], cache.v[layer]
         out = jax.nn.dot_product_attention(
             q, k, v, mask=context.mask, is_causal=causal, implementation=self.implementation
@@ -337,11 +336,39 @@ def over_data(x: Float[Array, "N D"], records: int) -> Float[Array, "N D"]:
 
     A single record is whole on every device, and what it is mapped over is split (`jax.vmap(spmd_axis_name="data")`).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = AxisType.Auto in (kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name == "data")
-    if not automatic or (records > 1 and records % mesh.shape["data"]):
+    devices = _data_devices()
+    if not devices or (records > 1 and records % devices):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data") if records > 1 else PartitionSpec())
+
+
+def _data_devices() -> int:
+    """Devices along the mesh axis `data`, where XLA decides what is split over it; else 0."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = AxisType.Auto in (kind for name, kind in zip(mesh.axis_names, mesh.axis_types) if name == "data")
+    return mesh.shape["data"] if automatic else 0
+
+
+def write_slots(
+    old: Shaped[Array, "L B slots *rest"],
+    layer: Array | int,
+    positions: Int[Array, "B S"],
+    new: Shaped[Array, "B S *rest"],
+) -> Shaped[Array, "L B slots *rest"]:
+    """A cache with `new` in the slots `positions` of every row; a position beyond the slots is written nowhere.
+
+    Every device writes its own rows: XLA, left to itself, gathers new keys and values of all rows on every device.
+    """
+
+    def write(old, layer, positions, new):
+        rows = jnp.arange(new.shape[0])[:, None]
+        return old.at[layer, rows, positions].set(new)
+
+    devices = _data_devices()
+    if devices and new.shape[0] % devices == 0:
+        rows, rest = PartitionSpec("data"), PartitionSpec(None, "data")
+        write = jax.shard_map(write, in_specs=(rest, PartitionSpec(), rows, rows), out_specs=rest, axis_names={"data"})
+    return write(old, jnp.asarray(layer), positions, new)
 
 
 def packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models.decoder import NORMAL, Cache, over_data, packing
+from opd_jax.models.decoder import NORMAL, Cache, over_data, packing, write_slots
 
 # Like `decoder.RULES`, but the vocabulary stays whole: 50257 tokens do not split over a power of two.
 RULES = (
@@ -169,8 +169,7 @@ class _Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(*positions.shape, 3, self.num_heads, -1), 2, 0)
         causal = cache is None
         if cache is not None:
-            rows = jnp.arange(q.shape[0])[:, None]
-            cache = Cache(*(old.at[layer, rows, positions].set(new) for old, new in zip(cache, (k, v))))
+            cache = Cache(*(write_slots(old, layer, positions, new) for old, new in zip(cache, (k, v))))
             k, v = cache.k[layer], cache.v[layer]
         out = jax.nn.dot_product_attention(
             q, k, v, mask=context.mask, is_causal=causal, implementation=self.implementation

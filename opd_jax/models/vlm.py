@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models import decoder, vision
-from opd_jax.models.decoder import Decoder, packing
+from opd_jax.models.decoder import Decoder, packing, write_slots
 from opd_jax.models.images import ImageBank
 from opd_jax.models.vision import Vision, VisionTower
 
@@ -113,8 +113,7 @@ class VLM(nn.Module):
         hidden, text = self.language_model.states(
             x, self._places(seen, start), positions, cache=cache.text, added=added
         )
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        following = cache.following.at[0, rows, positions].set(start + seen.before + seen.advance)
+        following = write_slots(cache.following, 0, positions, start + seen.before + seen.advance)
         return self.language_model.logits(hidden), Cache(text, following)
 
     @nn.nowrap

@@ -1,14 +1,13 @@
 """The experiment on language models: what is refused before it starts, its pieces, and a user's own directories."""
 
-import http.server
 import json
-import threading
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from serving import serving
 
 from configs import lightning_opd, opd, reasoning_models
 from experiments import language, reasoning, reasoning_stages, stages, token_methods
@@ -240,32 +239,10 @@ def test_own_directories_from_answers_to_a_model_that_transformers_loads(directo
 
 @pytest.fixture
 def serve(directories):
-    """The teacher's directory behind a server that answers as vLLM does."""
+    """The teacher's directory behind a server."""
     module, params = load_decoder(directories / "teacher")
-    logp = jax.jit(lambda tokens: jax.nn.log_softmax(module.apply({"params": params}, tokens)[..., : len(world.WORDS)]))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            choices = []
-            for index, ids in enumerate(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]):
-                row = np.asarray(logp(jnp.asarray([ids + [0] * (64 - len(ids))])))[0]
-                scored = [None, *({str(t): {"logprob": float(row[i, t])}} for i, t in enumerate(ids[1:]))]
-                choices.append({"index": index, "prompt_logprobs": scored})
-            content = json.dumps({"choices": choices}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(lambda tokens: module.apply({"params": params}, tokens)[..., : len(world.WORDS)]) as url:
+        yield url
 
 
 def test_a_served_teacher_labels_as_the_same_one_in_this_process(directories, serve, tmp_path, monkeypatch):

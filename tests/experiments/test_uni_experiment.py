@@ -7,6 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from serving import serving
 
 from configs import domains_models, uni_opd
 from experiments import domains, language, multimodal, reasoning_models, stages, uni_methods, uni_setup
@@ -144,6 +145,39 @@ def test_own_vision_language_directories_from_problems_to_a_model(mine, tmp_path
     assert [row["model"] for row in summary["table"]["multi"]] == ["student", "teacher", "uni_opd_multi"]
 
 
+@pytest.mark.parametrize("divergence", ["sampled", "reverse_kl"])
+def test_a_served_teacher_labels_as_the_same_one_in_this_process(mine, tmp_path, monkeypatch, divergence):
+    monkeypatch.delenv("http_proxy", raising=False)
+    text = [line for line in (mine / "problems.jsonl").read_text().splitlines() if "mathematics" in line]
+    (tmp_path / "text.jsonl").write_text("\n".join(text))
+    module, params = uni_setup.load_directory(str(mine / "teacher"), None, 0)
+    bank, losses = domains.bank_of([]), {}
+    with serving(lambda tokens: module.apply({"params": params}, tokens, bank)[..., : len(world.WORDS)]) as url:
+        for name, part in {"here": {"path": str(mine / "teacher")}, "served": {"path": "", "url": url}}.items():
+            config = directories(mine)
+            with config.unlocked():
+                config.teachers = {"teacher": part}
+                config.settings = {"multi": {"mathematics": "teacher"}}
+                config.problems.path = config.eval.path = str(tmp_path / "text.jsonl")
+                config.arms = {"sampled": {"divergence": divergence}}
+            if divergence != "sampled" and name == "served":
+                with pytest.raises(ConfigError, match="teacher teacher is served"):
+                    experiment.validate(config, MESH)
+                return
+            experiment.validate(config, MESH)
+            (tmp_path / name).mkdir()
+            experiment.run(config, tmp_path / name, MESH)
+            losses[name] = [line["loss"] for line in read_metrics(tmp_path / name, "sampled_seed0")]
+    np.testing.assert_allclose(losses["served"], losses["here"], rtol=1e-4, atol=1e-5)
+    table = json.loads((tmp_path / "served" / "summary.json").read_text())["table"]["multi"]
+    assert [row["model"] for row in table] == ["student", "sampled"]  # a server does not answer
+
+
+def test_a_served_teacher_is_not_sent_pictures():
+    with pytest.raises(ConfigError, match="its domain has pictures"):
+        uni_setup.served("it", uni_opd.ConfigDict({"url": "http://127.0.0.1:1"}), [np.array([3, 99])], vocab_size=90)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -181,7 +215,7 @@ def test_stored_answers_are_labelled_by_their_own_teachers_in_whole_groups(tmp_p
     config = config_of(**{"shard": 3, "sampler.max_new_tokens": 4, "opd.method": "offline"})
     setup = uni_setup.of_world(config, MESH)
     made = Experiment(config, setup, tmp_path, MESH)
-    recipe, student = arm_recipe(config, "offline"), (setup.student.functions, setup.student.params)
+    recipe, student = arm_recipe(config, "offline"), setup.student
     stored = made.stored("offline", recipe, made.chosen(recipe), dict.fromkeys(range(4), student), ["teachers"], 0)
     assert {record.task for record in stored} == {2, 3}  # logic, charts
     for record in stored:  # the "teacher" is the student

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from opd_jax.models.decoder import RULES, Decoder, Rope, partition_rules
+from opd_jax.models.decoder import RULES, Decoder, Rope, partition_rules, write_slots
 from opd_jax.sharding import make_mesh, param_specs, shard_batch, shard_params
 
 TINY = {"vocab_size": 24, "width": 16, "mlp_width": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -181,6 +182,31 @@ def test_eight_devices_equal_one(module):
     assert logits.sharding.spec[0] == decoded.sharding.spec[0] == "data"
     for actual, wanted in zip(jax.tree.leaves((logits, decoded, grads)), jax.tree.leaves(expected)):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 4, "model": 2}])
+def test_a_decode_on_eight_devices_exchanges_no_keys_and_values(shape):
+    mesh = make_mesh(shape)
+    cache, positions = QWEN3.init_cache(8, 9), jnp.full((8, 1), 3)
+
+    def decode(params, tokens, positions, cache):
+        return QWEN3.apply({"params": params}, tokens, positions, cache, method="decode")[1]
+
+    cache = jax.device_put(cache, NamedSharding(mesh, jax.P(None, "data")))
+    params, (tokens, positions) = shard_params(_params(QWEN3), mesh, ()), shard_batch((_tokens(8, 1), positions), mesh)
+    compiled = jax.jit(decode).lower(params, tokens, positions, cache).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert all(leaf.sharding.spec[:2] == (None, "data") for leaf in compiled(params, tokens, positions, cache))
+
+
+def test_slots_beyond_the_cache_are_written_nowhere():
+    old, new = jnp.zeros((2, 8, 3, 1)), jnp.ones((8, 2, 1))
+    positions = jnp.array([[0, 1], [2, 3], [5, 6], [1, 0]] * 2)
+    alone = write_slots(old, 1, positions, new)
+    assert alone[0].sum() == 0 and alone[1, :, :, 0].tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 0]] * 2
+    make_mesh({"data": 8})
+    np.testing.assert_array_equal(write_slots(old, 1, positions, new), alone)
+    np.testing.assert_array_equal(write_slots(old[:, :3], 1, positions[:3], new[:3]), alone[:, :3])
 
 
 def test_rules_name_every_matrix_and_leave_out_absent_axes():

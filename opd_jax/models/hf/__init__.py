@@ -2,6 +2,7 @@
 
 from opd_jax.models.hf.decoder import load_decoder, save_decoder
 from opd_jax.models.hf.gpt2 import load_gpt2, save_gpt2
+from opd_jax.models.hf.lora import load_lora, save_lora
 from opd_jax.models.hf.mmdit import load_mmdit, save_mmdit
 from opd_jax.models.hf.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 from opd_jax.models.hf.vlm import load_vlm, save_vlm
@@ -10,10 +11,12 @@ __all__ = [
     "check_same_tokenizer",
     "load_decoder",
     "load_gpt2",
+    "load_lora",
     "load_mmdit",
     "load_vlm",
     "save_decoder",
     "save_gpt2",
+    "save_lora",
     "save_mmdit",
     "save_vlm",
     "tokenizer_fingerprint",

@@ -72,7 +72,7 @@ def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
     """
     directory = Path(directory)
     module = _module(directory / "config.json")
-    expected = {_name(path): (path, leaf.shape) for path, leaf in _shapes(module).items()}
+    expected = {diffusers_name(path): (path, leaf.shape) for path, leaf in shapes_of(module).items()}
     files = TensorFiles(directory, WEIGHTS)
     missing, extra = sorted(expected.keys() - files.names), sorted(files.names - expected.keys())
     if missing or extra:
@@ -89,7 +89,7 @@ def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
     """
     directory = Path(directory)
     flat = flatten_dict(params, sep="/")
-    shapes, given = ({path: leaf.shape for path, leaf in tree.items()} for tree in (_shapes(module), flat))
+    shapes, given = ({path: leaf.shape for path, leaf in tree.items()} for tree in (shapes_of(module), flat))
     wrong = sorted({path for path, _ in shapes.items() ^ given.items()})
     if wrong:
         raise ValueError(f"params do not belong to this module: {wrong} are missing, unexpected or of another shape")
@@ -99,7 +99,8 @@ def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
     config = {"_class_name": CLASS_NAME, **config, "caption_projection_dim": module.width}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
-        _name(path): np.ascontiguousarray(_to_torch(np.asarray(leaf), path, module)) for path, leaf in flat.items()
+        diffusers_name(path): np.ascontiguousarray(_to_torch(np.asarray(leaf), path, module))
+        for path, leaf in flat.items()
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
@@ -124,7 +125,7 @@ def _module(file: Path) -> MMDiT:
     return module
 
 
-def _shapes(module: MMDiT) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(module: MMDiT) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter's shape by path, without computing any."""
     side = module.patch_size
     inputs = (
@@ -137,7 +138,8 @@ def _shapes(module: MMDiT) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"], sep="/")
 
 
-def _name(path: str) -> str:
+def diffusers_name(path: str) -> str:
+    """The name of a parameter in a diffusers directory, from its path here, `blocks_0/attn/to_q/kernel`."""
     for pattern, replacement in RENAMES:
         path = re.sub(pattern, replacement, path)
     return path

@@ -1,0 +1,131 @@
+"""Exported models: other libraries load them and agree, and the card says where they come from."""
+
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from configs import domains_models, dp_models, dp_opd, flow_opd, opd, uni_opd, vla_opd
+from experiments import domains, export, reasoning_stores, scenes, stages
+from opd_jax import config as config_lib
+from opd_jax.checkpoint import params_sha256
+from opd_jax.config import ConfigError
+from opd_jax.models import lora
+from opd_jax.models.decoder import Decoder
+from opd_jax.models.hf import load_vlm
+
+ROW = {"model": "arm", "right \u2191": 0.25, "seconds": 3}
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """A finished run, as the experiments leave one, with one student of given parameters."""
+
+    def make(config, params):
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        config_lib.save(workdir / "config.json", config)
+        sha = params_sha256(params)
+        (workdir / "versions.json").write_text(json.dumps([config_lib.versions()]))
+        (workdir / "summary.json").write_text(json.dumps({"table": [ROW], "params_sha256": sha}))
+        made = stages.Made(params, "r" * 64, sha, 3.0, 640)
+        stages.save(stages.path_of("arm_seed0", workdir, made.recipe), made, {"stage": "arm_seed0"})
+        return workdir
+
+    return make
+
+
+def random_like(params, scale=0.1):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(x + scale * rng.standard_normal(x.shape), jnp.float32), params)
+
+
+def logits_of(directory, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def test_a_student_of_the_reasoning_world(run_of, tmp_path):
+    config = opd.get_config("tiny")
+    module, params = reasoning_stores.world_model("student", config.student)
+    params, tokens = random_like(params, 0.01), np.array([[5, 9, 3, 7, 11]])
+    assert export.export(run_of(config, params), tmp_path / "out") == "arm_seed0"
+    own = module.apply({"params": params}, jnp.asarray(tokens))
+    np.testing.assert_allclose(logits_of(tmp_path / "out", tokens), own, atol=1e-4 * np.abs(own).max())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("sum 3 4").input_ids
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("library_name: transformers", "right \u2191 0.25", "640 samples", "`" + "r" * 64 + "`", '"teachers"'):
+        assert said in card
+    assert config_lib.load(tmp_path / "out" / "opd_jax_config.json").experiment == "reasoning"
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_a_private_student_learnt_as_an_adapter_is_merged(run_of, tmp_path):
+    config = dp_opd.get_config()
+    base = export.shipped(stages.SHIPPED / "functions_student.safetensors")
+    adapter = random_like(lora.init(jax.random.key(0), base, config.opd.lora_layers, 2, r"^layers/"))
+    export.export(run_of(config, adapter), tmp_path / "out")
+    tokens = np.array([[3, 17, 40, 8]])
+    module = Decoder(**dp_models.get_config().models.student.model)
+    own = module.apply({"params": lora.merge(base, adapter, config.opd.lora_scale)}, jnp.asarray(tokens))
+    np.testing.assert_allclose(logits_of(tmp_path / "out", tokens), own, atol=1e-4 * np.abs(own).max())
+
+
+def test_a_student_that_reads_pictures(run_of, tmp_path):
+    module = domains.module_of(domains_models.get_config().models.student.model)
+    params = jax.device_get(domains.init(module, domains.bank_of([]), jax.random.key(0)))
+    export.export(run_of(uni_opd.get_config(), params), tmp_path / "out")
+    _, again = load_vlm(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "qwen3_vl"
+
+
+def test_a_flow_student_is_a_transformer_and_an_adapter(run_of, tmp_path):
+    config = flow_opd.get_config()
+    module, base = scenes.module(config), export.shipped(stages.SHIPPED / "scenes_base.safetensors")
+    adapter = random_like(lora.init(jax.random.key(0), base, r"attn/to_[qkv]/kernel$", 2))
+    export.export(run_of(config, adapter), tmp_path / "out")
+    model = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "out" / "transformer").eval()
+    model.load_lora_adapter(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x, t = draw(2, *scenes.SHAPE), np.array([0.2, 0.9], np.float32)
+    context, pooled = draw(2, 5, module.joint_attention_dim), draw(2, module.pooled_projection_dim)
+    own = module.apply(
+        {"params": lora.merge(base, adapter, config.lora.scale)}, *map(jnp.asarray, (x, t, context, pooled))
+    )
+    with torch.no_grad():
+        latents, *rest = (torch.tensor(value) for value in (x.transpose(0, 3, 1, 2), context, pooled, 1000 * t))
+        theirs = model(latents, *rest, return_dict=False)[0].numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(theirs, own, rtol=0, atol=1e-4 * np.abs(own).max())
+    assert "library_name: diffusers" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_one_line(run_of, tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        export.export(tmp_path / "none", tmp_path / "out")
+    config = opd.get_config("tiny")
+    workdir = run_of(config, {"other": np.zeros(3, np.float32)})
+    with pytest.raises(ConfigError, match="--stage=sft: not made; there are arm_seed0"):
+        export.export(workdir, tmp_path / "out", "sft")
+    with pytest.raises(ConfigError, match="a student's can be exported"):
+        export.export(workdir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ConfigError, match="holds something already"):
+        export.export(workdir, tmp_path / "out")
+    config_lib.save(workdir / "config.json", vla_opd.get_config())
+    with pytest.raises(ConfigError, match="experiment=vla: no other library loads its models"):
+        export.export(workdir, tmp_path / "new")
+    config_lib.save(workdir / "config.json", config)
+    (workdir / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="has not finished; give --stage, of arm_seed0"):
+        export.export(workdir, tmp_path / "new")
