@@ -142,4 +142,4 @@ def variant(arg: str | None, known: tuple[str, ...]) -> str:
 
 
 # Policies of the tabletop: chunks of `horizon` actions.
-TABLETOP_POLICY = {"width": 64, "layers": 2, "horizon": 8}
+TABLETOP_POLICY = {"width": 64, "layers": 2, "horizon": 8, "points": 6}  # points 0: a vision transformer

@@ -18,8 +18,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "sigma": 0.1,  # of the expert's distribution over bins; an action is in [-1, 1]
         "practice": {
             "steps": 6000, "batch_size": 128, "learning_rate": 2e-3, "warmup": 100, "decay_steps": 3000,
-            "ema_decay": 0.999,
+            "ema_decay": 0.999, "pointing": 1.0,  # weight of finding what is named in the pictures
         },
+        "eval": {"moments": 256, "seed": 1234, "steps": 48, "executed": 8},  # new moments, acted out
         "save_every": 500,
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},
@@ -27,4 +28,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if variant == "tiny":
         config.update({"save_every": 1, "compile_quickly": True})
         config.practice.update({"steps": 2, "batch_size": 8, "warmup": 0, "decay_steps": 1})
+        config.eval.update({"moments": 8, "steps": 8})
     return config.lock()

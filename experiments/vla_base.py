@@ -5,26 +5,35 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from experiments import stages, vla_methods
 from opd_jax import data, optim, report, rng, sharding
 from opd_jax.config import ConfigError, checks
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens, vla
+from opd_jax.models.keypoints import pointing_loss
 from opd_jax.models.vla import Observation
-from opd_jax.types import ActionLabels, Method, PyTree
+from opd_jax.sampling import episodes
+from opd_jax.sampling.episodes import Plan
+from opd_jax.types import ActionLabels, Method, PyTree, Weighted
 from opd_jax.worlds import tabletop, tabletop_skills
+from opd_jax.worlds.tabletop_physics import resting_on
+from opd_jax.worlds.tabletop_skills import Moment
 
 
 def module_of(policy) -> vla.Vla:
     """The policy's sizes as a module."""
     return vla.tiny(
         policy.horizon, tabletop.ACTION_DIMS, words=len(tabletop.VOCABULARY), image_size=tabletop.IMAGE_SIZE,
-        width=policy.width, num_layers=policy.layers, mlp_width=3 * policy.width,
+        width=policy.width, num_layers=policy.layers, mlp_width=3 * policy.width, points=policy.points,
     )  # fmt: skip
 
 
@@ -42,7 +51,8 @@ def load(path: str, policy) -> stages.Made:
     expected = jax.eval_shape(module_of(policy).init, jax.random.key(0), first_observation())["params"]
     shapes = [{path: leaf.shape for path, leaf in flatten_dict(tree).items()} for tree in (made.params, expected)]
     if shapes[0] != shapes[1]:
-        raise ConfigError(f"base={path}: is not a policy of width={policy.width}, layers={policy.layers}; make it so")
+        sizes = ", ".join(f"{name}={policy[name]}" for name in ("width", "layers", "points"))
+        raise ConfigError(f"base={path}: is not a policy of {sizes}; make it so")
     return made
 
 
@@ -61,19 +71,94 @@ def validate(config, mesh) -> None:
     with checks() as check:
         uneven = sharding.uneven(config.practice.batch_size, mesh, "practice.batch_size")
         check(not uneven, uneven)
+        uneven = sharding.uneven(config.eval.moments, mesh, "eval.moments")
+        check(not uneven, uneven)
+        most = config.policy.horizon
+        check(
+            config.eval.executed <= most, f"eval.executed={config.eval.executed}: a chunk has {most} actions; lower it"
+        )
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
+
+
+class Shown(NamedTuple):
+    """What the `states` of practice hold."""
+
+    actions: Float[Array, "B T H A"]
+    aim: Float[Array, "B T C 2"]  # where in the pictures the named thing lies
+
+
+class Practice:
+    """A moment of practice as an environment: it succeeds when the thing is in the hand, or at its place and let go."""
+
+    def step(self, moment: Moment, action) -> Moment:
+        return moment._replace(state=tabletop.step(moment.state, action))
+
+    def observe(self, moment: Moment) -> Observation:
+        seen = tabletop.observe(moment.state)
+        return Observation(seen.images, seen.proprioception, moment.instruction)
+
+    def success(self, moment: Moment) -> Array:
+        held = moment.state.held == moment.subject
+        there = resting_on(moment.state)[moment.subject] == moment.place
+        return jnp.where(moment.place < 0, held, there & ~held)
+
+
+PRACTICE = Practice()
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _tried(act, params, key, seeds, *, plan: Plan):
+    moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed)))(seeds)
+    index, horizon = jnp.arange(len(seeds)), jnp.full(len(seeds), plan.decisions * plan.executed)
+    how = {"plan": plan, "horizon": horizon, "group": index, "task": index}
+    return episodes.rollout(
+        PRACTICE, act, params, moments, rng.per_record(key, len(seeds)), **how
+    ).success, moments.place
+
+
+def tried(config, module, params, mesh) -> dict[str, float]:
+    """Share of new moments in which the policy, by its most probable bins, picks up or puts down what is named."""
+    part, act = config.eval, vla_methods.act_fn(vla_methods.logits_fn(module), 0.0)
+    seeds = np.random.default_rng(part.seed).integers(0, 2**32, part.moments, np.uint32)
+    plan = Plan(-(-part.steps // part.executed), part.executed)
+    params, seeds = sharding.replicate(params, mesh), sharding.shard_batch(seeds, mesh)
+    success, place = jax.device_get(_tried(act, params, rng.stream(part.seed, "eval"), seeds, plan=plan))
+    return {"picked": float(success[place < 0].mean()), "put": float(success[place >= 0].mean())}
+
+
+class PracticeLabels(NamedTuple):
+    actions: ActionLabels
+    aim: Float[Array, "B T C 2"]
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def practise(seeds, *, steps: int):
-    """Moments of practice as episodes of one decision, whose `states` are the next actions `[B, 1, H, A]`."""
+    """Moments of practice as episodes of one decision."""
     moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed)))(seeds)
     seen = jax.vmap(tabletop.observe)(moments.state)
     observation = Observation(seen.images, seen.proprioception, moments.instruction)
     actions = jax.vmap(functools.partial(tabletop_skills.chunk, steps=steps))(moments)
     counted = np.ones(actions.shape[:2], bool)
     task = np.zeros(len(actions), np.int32)
-    return vla_methods.as_rollout({"observation": observation, "actions": actions, "counted": counted, "task": task})
+    rollout = vla_methods.as_rollout({"observation": observation, "actions": actions, "counted": counted, "task": task})
+    return rollout._replace(states=Shown(actions[:, None], jax.vmap(tabletop_skills.aim)(moments)[:, None]))
+
+
+def pointing(module, weight: float, own, params, rollout, labels: PracticeLabels, key) -> Weighted:
+    """`own`, the loss of the actions, and how far the first point of every camera is from the named thing."""
+    out = own(params, rollout, labels.actions, key)
+    seen = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rollout.observation)
+    target = labels.aim.reshape(-1, 2)
+    inside = (jnp.abs(target) < 1).all(-1)
+    (points,) = module.apply({"params": params}, seen, method="points")
+    missed = pointing_loss(points, target, inside).reshape(len(out.total), -1)
+    near = jnp.abs(points.place[:, 0] - target).max(-1) < 1 / 10  # a cell of a picture
+    share = (near & inside).reshape(missed.shape).sum(1) / jnp.maximum(inside.reshape(missed.shape).sum(1), 1)
+    metrics = {"missed": missed.mean(1), "pointed": share}
+    return out._replace(
+        total=out.total + weight * missed.mean(1) * out.weight,
+        metrics=out.metrics | jax.lax.stop_gradient(metrics),
+    )
 
 
 def method_of(config, module) -> tuple:
@@ -81,10 +166,19 @@ def method_of(config, module) -> tuple:
     optimizer = optim.adamw(
         recipe.learning_rate, warmup=recipe.warmup, decay=(recipe.steps, recipe.decay_steps), weight_decay=0.0
     )
-    update = optim.dense(
-        vla_opd.supervise(vla_methods.logits_fn(module), "forward_kl"), optimizer, ema_decay=recipe.ema_decay
-    )
-    label = jax.jit(lambda rollout: ActionLabels(action_tokens.expert_logits(rollout.states, config.sigma)))
+    own = vla_opd.supervise(vla_methods.logits_fn(module), "forward_kl")
+    if config.policy.points:
+        own = Partial(functools.partial(pointing, module, recipe.pointing), own)
+    else:
+        own = Partial(lambda own, params, rollout, labels, key: own(params, rollout, labels.actions, key), own)
+    update = optim.dense(own, optimizer, ema_decay=recipe.ema_decay)
+
+    @jax.jit
+    def label(rollout):
+        return PracticeLabels(
+            ActionLabels(action_tokens.expert_logits(rollout.states.actions, config.sigma)), rollout.states.aim
+        )
+
     sample = lambda _, batch, key: practise(batch["seed"], steps=module.horizon)
     return Method(sample, lambda _, rollout: label(rollout), update), optimizer
 
@@ -104,7 +198,8 @@ def make(config, mesh, workdir) -> stages.Made:
 def run(config, workdir, mesh) -> None:
     began = time.time()
     made = make(config, mesh, workdir)
-    rows = [{"model": "base", "samples": made.samples, "seconds": round(made.seconds)}]
+    found = tried(config, module_of(config.policy), made.params, mesh)
+    rows = [{"model": "base"} | found | {"samples": made.samples, "seconds": round(made.seconds)}]
     summary = {"table": rows, "params_sha256": made.sha256, "seconds": {"total": time.time() - began}}
     report.write_summary(workdir / "summary.json", summary)
     print(report.format_table(rows))

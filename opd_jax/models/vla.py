@@ -7,8 +7,9 @@ the whole chunk is decoded in parallel. The sequence of B records is that of its
     first token of the instruction (BOS) | patches of each camera | proprioception | rest of the instruction | actions |
     end of text
 
-Cameras share the towers and are told apart by their positions. Padding of the instruction is seen by nobody and takes
-up no position. There are two heads, by method; a tree of parameters has what the method it was initialised for needs:
+Cameras share the towers and are told apart by their positions. A tower of `Keypoints` reads the instruction and has K
+points in the place of patches. Padding of the instruction is seen by nobody and takes up no position. There are two
+heads, by method; a tree of parameters has what the method it was initialised for needs:
 
 | method | action tokens | result |
 | --- | --- | --- |
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from opd_jax.models import decoder, vit
 from opd_jax.models.action_tokens import NUM_BINS
 from opd_jax.models.decoder import NORMAL, Decoder
+from opd_jax.models.keypoints import Keypoints, Points
 from opd_jax.models.vit import ViT
 
 # For `decoder.partition_rules`.
@@ -65,7 +67,7 @@ class Vla(nn.Module):
     into the vocabulary, or actions are not of `horizon` steps of `action_dim`.
     """
 
-    towers: tuple[ViT, ...]
+    towers: tuple[ViT | Keypoints, ...]
     language_model: Decoder
     horizon: int  # H
     action_dim: int  # A
@@ -117,6 +119,10 @@ class Vla(nn.Module):
         out = self.action_out_proj(own.reshape(-1, own.shape[-1]))
         return out.astype(jnp.float32).reshape(actions.shape)
 
+    def points(self, observation: Observation) -> tuple[Points, ...]:
+        """What every tower of `Keypoints` has found, a row for each camera of each record: `[B * C, K, ...]`."""
+        return tuple(self._look(tower, observation) for tower in self.towers if isinstance(tower, Keypoints))
+
     def _states(
         self, observation: Observation, actions: Float[Array, "B n D"]
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B n D"]]:
@@ -141,13 +147,23 @@ class Vla(nn.Module):
 
     def _context(self, observation: Observation) -> Float[Array, "B n D"]:
         """Tokens of the patches of each camera, and of the proprioception."""
-        batch, cameras = observation.images.shape[:2]
-        images = observation.images.reshape(batch * cameras, *observation.images.shape[2:])
-        features = jnp.concatenate([tower(images) for tower in self.towers], axis=-1)
+        batch = len(observation.images)
+        found = [self._look(tower, observation) for tower in self.towers]
+        features = jnp.concatenate([one.tokens if isinstance(one, Points) else one for one in found], axis=-1)
         patches = self.projector(features.reshape(-1, features.shape[-1])).reshape(batch, -1, self.language_model.width)
         if not observation.proprioception.shape[1]:
             return patches
         return jnp.concatenate([patches, self.proprioception(observation.proprioception)[:, None]], axis=1)
+
+    def _look(self, tower: ViT | Keypoints, observation: Observation) -> Float[Array, "N n D"] | Points:
+        """A tower's features of every camera's picture."""
+        cameras, *picture = observation.images.shape[1:]
+        images = observation.images.reshape(-1, *picture)
+        if isinstance(tower, ViT):
+            return tower(images)
+        text, tokens = self.language_model, observation.instruction
+        words = jnp.repeat(text.embed(tokens).reshape(*tokens.shape, -1), cameras, axis=0)
+        return tower(images, words, jnp.repeat(tokens != 0, cameras, axis=0), cameras)
 
     def _bin_logits(self, states: Float[Array, "B n D"]) -> Float[Array, "B n K"]:
         """The output projection onto the bins alone, not onto the whole vocabulary."""
@@ -161,16 +177,26 @@ class Vla(nn.Module):
 
 
 def tiny(
-    horizon: int, action_dim: int, *, words: int = 32, image_size: int = 40, width: int = 96, **fields: Any
+    horizon: int,
+    action_dim: int,
+    *,
+    words: int = 32,
+    image_size: int = 40,
+    width: int = 96,
+    points: int = 0,
+    **fields: Any,
 ) -> Vla:
     """A policy of about half a million parameters, for images of 32 or 40 pixels and a CPU.
 
     Args:
       words: ids of instructions are below it; it is itself the end of the text, and the bins follow.
+      points: of a tower of `Keypoints`; 0: a vision transformer.
       fields: of the `Decoder`, such as `dtype`; of them `dtype` and `remat` are the tower's too.
     """
     shared = {name: value for name, value in fields.items() if name in ("dtype", "remat")}
     tower = ViT(64, 256, 2, 4, patch_size=8, image_size=image_size, feature_layer=-1, **shared)
+    if points:
+        tower = Keypoints(points, 48, 2, 4, image_size, dtype=fields.get("dtype", jnp.float32))
     sizes = {"mlp_width": 256, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
     vocabulary = words + 1 + NUM_BINS
     text = Decoder(vocabulary, width, **sizes | fields)

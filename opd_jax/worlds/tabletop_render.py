@@ -82,11 +82,25 @@ class Layers(NamedTuple):
     color: Int[Array, "L"]
 
 
+def _pixels() -> Float[Array, "size"]:
+    """The middles of a picture's rows or columns, the picture from -1 to 1."""
+    return (jnp.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE * 2 - 1
+
+
 def cameras(state: State) -> tuple[Camera, Camera]:
-    pixel = (jnp.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE * 2 - 1
+    pixel = _pixels()
     x, y, _ = state.gripper
     close = Camera(x + CLOSE * pixel, 0.7 * y + 0.24 - CLOSE * pixel, 0.7, 0.7)
     return Camera(WIDE * pixel, -WIDE * pixel, 1.0, 0.0), close
+
+
+def locate(state: State, point: Float[Array, "3"]) -> Float[Array, "C 2"]:
+    """Row and column of a point of space in every picture: -1 is the upper left edge, 1 the lower right."""
+    first, last = _pixels()[0], _pixels()[-1]
+    along = lambda value, axis: first + (value - axis[0]) / (axis[-1] - axis[0]) * (last - first)
+    x, y, z = point
+    row = lambda camera: along(camera.flat * y + camera.steep * z, camera.v)
+    return jnp.stack([jnp.stack([row(camera), along(x, camera.x)]) for camera in cameras(state)])
 
 
 def spans(camera: Camera, solid: Solids) -> tuple[Float[Array, "M W"], Float[Array, "M W"], Float[Array, "M W"]]:

@@ -34,6 +34,7 @@ from opd_jax.worlds.tabletop_bodies import (
 )  # fmt: skip
 from opd_jax.worlds.tabletop_expert import REACH, fetch, let_go, place_it
 from opd_jax.worlds.tabletop_physics import step
+from opd_jax.worlds.tabletop_render import locate
 
 PLACES = {PLATE: "on the plate", BASKET: "in the basket", STOVE: "on the stove", BOWL: "in the bowl", BOX: "on the box"}
 CLOSE_BY = 0.12  # half the side of the square about a thing over which every second hand is
@@ -105,6 +106,12 @@ def _with_hand(key: Key[Array, ""], state: State, subject, aim: Float[Array, "3"
         grip=jnp.where(holds, grip, 0),
         position=jnp.where(holds, state.position.at[subject].set(hand + grip), state.position),
     )
+
+
+def aim(practised: Moment) -> Float[Array, "C 2"]:
+    """Row and column, as of `tabletop_render.locate`, of the middle of what is named."""
+    state, named = practised.state, jnp.where(practised.place < 0, practised.subject, practised.place)
+    return locate(state, state.position[named].at[2].add(of(HEIGHT, state.kind[named]) / 2))
 
 
 def chunk(practised: Moment, steps: int) -> Float[Array, "H 4"]:

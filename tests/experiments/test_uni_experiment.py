@@ -92,9 +92,21 @@ def test_a_wrong_config_is_refused_with_the_remedy(changes, message):
         experiment.validate(config_of(**changes), MESH)
 
 
-@pytest.mark.parametrize("variant", ("default", "tiny", "seeds"))
+@pytest.mark.parametrize("variant", ("default", "full", "tiny", "seeds"))
 def test_every_variant_of_the_world_is_valid(variant):
     experiment.validate(uni_opd.get_config(variant), MESH)
+
+
+@pytest.mark.parametrize("variant", ("paper", "paper_vl"))
+def test_the_published_settings_are_valid_with_directories(variant, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = config_of(variant, **{"student.path": str(tmp_path), "eval.path": "held_out.jsonl"})
+    with pytest.raises(ConfigError, match=r"teachers\.mathematics\.path='': give a Hugging Face directory"):
+        experiment.validate(config, MESH)
+    with config.unlocked():
+        for teacher in config.teachers.values():
+            teacher.path = str(tmp_path)
+    experiment.validate(config, MESH)
 
 
 # ---- a user's directories --------------------------------------------------------------------------------------------

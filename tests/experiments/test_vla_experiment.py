@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import vla_base as base_configs
 from configs import vla_opd as configs
 from experiments import stages, vla, vla_base, vla_methods, vla_pictures
 from experiments.reasoning_stages import arm_recipe
@@ -161,7 +162,24 @@ def test_practice_is_what_the_hand_does_next(experiment):
     rollout = vla_base.practise(np.arange(8, dtype=np.uint32), steps=2)
     moment = tabletop_skills.moment(jax.random.key(np.uint32(3)))
     np.testing.assert_array_equal(rollout.observation.instruction[3, 0], moment.instruction)
-    np.testing.assert_allclose(rollout.states[3, 0], tabletop_skills.chunk(moment, 2), atol=1e-5)
+    np.testing.assert_allclose(rollout.states.actions[3, 0], tabletop_skills.chunk(moment, 2), atol=1e-5)
+    np.testing.assert_allclose(rollout.states.aim[3, 0], tabletop_skills.aim(moment), atol=1e-5)
+
+
+def test_practice_also_points_at_what_is_named(experiment, params):
+    config = base_configs.get_config("tiny").unlock()
+    config.policy = experiment.config.policy
+    method, _ = vla_base.method_of(config, experiment.module)
+    rollout = method.sample(None, {"seed": np.arange(8, dtype=np.uint32)}, None)
+    labels = method.label(None, rollout)
+    own = vla_opd.supervise(vla_methods.logits_fn(experiment.module), "forward_kl")
+    plain = jax.jit(own)(params, rollout, labels.actions, None)
+    both = jax.jit(lambda p: vla_base.pointing(experiment.module, 2.0, own, p, rollout, labels, None))(params)
+    expected = plain.total + 2.0 * both.metrics["missed"] * plain.weight
+    np.testing.assert_allclose(both.total, expected, rtol=1e-5)
+    assert (both.metrics["missed"] > 0).all() and (
+        (both.metrics["pointed"] >= 0) & (both.metrics["pointed"] <= 1)
+    ).all()
 
 
 def test_a_cost_is_counted(played):

@@ -9,6 +9,7 @@ import pytest
 
 from opd_jax.worlds import tabletop, tabletop_physics, tabletop_skills
 from opd_jax.worlds.tabletop_bodies import COLORS, KINDS
+from opd_jax.worlds.tabletop_render import LOOKS, locate
 
 COUNT, STEPS = 64, 70
 
@@ -65,3 +66,31 @@ def test_a_chunk_is_a_plan(moments):
     plan = tabletop_skills.chunk(one, 2)
     moved = one._replace(state=tabletop.step(one.state, plan[0]))
     np.testing.assert_allclose(plan[1], tabletop_skills.chunk(moved, 1)[0], atol=1e-5)
+
+
+def test_the_aim_is_where_the_named_thing_is_drawn(moments):
+    """Straight from above its top is seen where it is pointed at, if the hand is elsewhere and nothing covers it."""
+    aims = np.asarray(jax.jit(jax.vmap(tabletop_skills.aim))(moments))
+    images = np.asarray(jax.jit(jax.vmap(tabletop.render))(moments.state))
+    assert (np.abs(aims[:, 0]) < 1).all()
+    shown = []
+    for i in range(COUNT):
+        named = int(moments.subject[i] if moments.place[i] < 0 else moments.place[i])
+        kind, color = int(moments.state.kind[i, named]), int(moments.state.color[i, named])
+        if np.abs(np.asarray(moments.state.gripper[i] - moments.state.position[i, named]))[:2].max() < 0.4:
+            continue
+        looks = LOOKS[kind, color]  # side, top and spot
+        row, column = np.clip(((aims[i, 0] + 1) / 2 * tabletop.IMAGE_SIZE).astype(int), 0, tabletop.IMAGE_SIZE - 1)
+        red, green, blue = (int(channel) for channel in images[i, 0, row, column])
+        shown.append((red << 16 | green << 8 | blue) in looks[1:])
+    assert len(shown) > 10 and np.mean(shown) > 0.8
+
+
+def test_places_in_pictures_by_hand(moments):
+    state = jax.tree.map(lambda leaf: leaf[0], moments.state._replace(key=None))._replace(
+        gripper=jnp.array([0.3, -0.2, 0.4])
+    )
+    top, _ = locate(state, jnp.array([0.51, 0.204, 0.1]))
+    np.testing.assert_allclose(top, [-0.2, 0.5], atol=1e-5)  # the picture is 2.04 wide and high, y upwards
+    _, close = locate(state, jnp.array([0.3 + 0.31, -0.2, 0.24 / 0.7]))
+    np.testing.assert_allclose(close, [0.0, 0.5], atol=1e-5)  # 1.24 wide, and follows the hand
