@@ -70,6 +70,7 @@ EXTRAS = {
         "imageio>=2.37",
         "h5py>=3.16",
     ],
+    "plan": ["libtpu>=0.0.52"],  # the TPU compiler, for experiments/plan.py; works on machines without a TPU
     "ocr": ["tesserocr>=2.13"],  # in process, 30 times faster than pytesseract; data: Debian's tesseract-ocr-eng
 }
 

@@ -46,7 +46,7 @@ def _seeds(config: ConfigDict) -> None:
 def _qwen3_0p6b(config: ConfigDict) -> None:
     """One GPU: a student of 0.6 B parameters from one of 1.7 B, shorter answers. Ours, not the paper's."""
     _paper(config)
-    config.fsdp = False
+    config.fsdp, config.mesh = False, {"data": -1}
     config.problems.count = config.sft.answers = 4_000
     config.sft.update({"steps": 500, "batch_size": 16, "micro_batches": 4})
     config.sampler.update({"max_new_tokens": 1_024, "slots": 64})
@@ -60,6 +60,7 @@ def _paper(config: ConfigDict) -> None:
     a server holds.
     """
     config.fsdp = True
+    config.mesh = {"data": -1, "model": 4}  # ours, for 64 chips: docs/scale.md
     config.problems.update(
         {
             "path": "problems.jsonl",  # DAPO-Math-17k
@@ -95,7 +96,7 @@ def _paper(config: ConfigDict) -> None:
             "weight_decay": 0.1,
             "b2": 0.98,
             "clip": 10.0,
-            "micro_batches": 32,
+            "micro_batches": 16,  # ours: one record per device at a time where data=16
         }
     )
     config.shard = 1_024

@@ -163,9 +163,10 @@ class Experiment:
         return store.open_store(directory, tokenizer=self.language.fingerprint)
 
     def label(self, teacher: Teacher, reference, rollout) -> lookup.LightningLabels:
-        logp = token_methods.logp_of(self.student.hidden, reference, rollout, head_fn=self.student.head)
+        logp = token_methods.logp_of_many(self.student, reference, rollout, **self.where)
+        taught = reasoning_stores.logp_by(teacher, rollout, self.workdir, **self.where)
         outcome = language.outcomes(self.language, self.problems["opd"], rollout)
-        return lookup.LightningLabels(reasoning_stores.logp_by(teacher, rollout, self.workdir), logp, outcome)
+        return lookup.LightningLabels(taught, logp, outcome)
 
     def write_store(self, name, recipe, about, which: str, *model_and_more) -> store.Store:
         directory = self.workdir / "stores" / f"{name}-{recipe[:12]}"

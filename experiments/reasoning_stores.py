@@ -59,11 +59,11 @@ def world_model(name: str, part) -> tuple[Decoder, PyTree]:
     return module, reasoning_models.load(path, reasoning_models.recipes(config)[name]).params
 
 
-def logp_by(teacher: Teacher, rollout, workdir: Path) -> np.ndarray | jax.Array:
-    """The teacher's log-probs of a rollout's response."""
+def logp_by(teacher: Teacher, rollout, workdir: Path, slots: int, mesh) -> np.ndarray:
+    """The teacher's log-probs of a rollout's response; `slots` records at a time where it is in this process."""
     if teacher.server is not None:
         return teacher.server.label(rollout, workdir / "unscored").teacher_logp
-    return token_methods.logp_of(teacher.model.hidden, teacher.params, rollout, head_fn=teacher.model.head)
+    return token_methods.logp_of_many(teacher.model, teacher.params, rollout, slots, mesh)
 
 
 def write(

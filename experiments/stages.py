@@ -121,7 +121,7 @@ def trained(
     def make(checkpoint_dir):
         state, _ = loop.run(
             functions,
-            place(optim.init_state(start, optimizer)),
+            place(optim.init_state(place(start), optimizer)),  # first: the whole state may not fit one device
             batches,
             workdir=workdir,
             stage=name,

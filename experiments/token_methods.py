@@ -79,6 +79,20 @@ def logp_of(hidden_fn: Partial, params, rollout, *, head_fn) -> jax.Array:
     return read(hidden_fn, params, rollout, head_fn=head_fn).logp
 
 
+def logp_of_many(model: LanguageModel, params, rollout, slots: int, mesh) -> np.ndarray:
+    """`logp_of` of any number of records, `slots` at a time over the mesh's axis `data`, so that memory is bounded.
+
+    Args:
+        slots: a multiple of that axis; where too few records are left, the last is read again.
+    """
+    count, parts = len(rollout.length), []
+    for first in range(0, count, slots):
+        index = np.minimum(np.arange(first, first + slots), count - 1)
+        part = sharding.shard_batch(jax.tree.map(lambda leaf, i=index: np.asarray(leaf)[i], rollout), mesh)
+        parts.append(np.asarray(logp_of(model.hidden, params, part, head_fn=model.head)))
+    return np.concatenate(parts)[:count]
+
+
 @jax.jit
 def _states(hidden_fn, params, rollout):
     place = jnp.arange(rollout.tokens.shape[1])[None]

@@ -20,25 +20,32 @@ from opd_jax.types import PyTree
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
-def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the mesh of a run and sets it as the current one.
 
     Args:
         shape: devices along each axis, such as `{"data": 4, "model": 2}`, in that order; -1, once, takes what is left.
             Without it, all devices lie along `data`.
+        devices: to compile for, instead of this process's own; their mesh is not set, for nothing can run there.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or a torus of TPUs cannot be cut like that.
     """
     shape = dict(shape or {"data": -1})
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     known = math.prod(size for size in shape.values() if size != -1)
     if list(shape.values()).count(-1) == 1 and known > 0 and count % known == 0:
         shape = {name: count // known if size == -1 else size for name, size in shape.items()}
     if any(size < 1 for size in shape.values()) or math.prod(shape.values()) != count:
         raise ConfigError(f"mesh={shape}: does not fit {count} devices; the sizes must multiply to {count}")
-    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
-    jax.set_mesh(mesh)
+    axis_types = (AxisType.Auto,) * len(shape)
+    try:
+        mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
+    except NotImplementedError as error:  # of a torus of TPUs
+        remedy = "make each axis a product of some of the sides, such as 16 and 4 of 4x4x4"
+        raise ConfigError(f"mesh={shape}: does not fit the sides of this torus of {count}; {remedy}") from error
+    if devices is None:
+        jax.set_mesh(mesh)
     return mesh
 
 

@@ -298,3 +298,7 @@ def test_logp_of_is_what_the_sampler_said():
     rollout = language.answer_all(model, params, problems, 48, how, rng.stream(0, "y"), slots=2, mesh=None)
     logp = token_methods.logp_of(model.hidden, params, rollout, head_fn=model.head)
     np.testing.assert_allclose(logp, rollout.behavior_logp, atol=2e-5)
+    tripled = jax.tree.map(lambda leaf: np.concatenate([leaf] * 3)[:10], rollout)
+    many = token_methods.logp_of_many(model, params, tripled, slots=4, mesh=mesh_of(2))
+    assert many.shape == tripled.tokens.shape  # 10 records in parts of 4
+    np.testing.assert_allclose(many, np.concatenate([logp] * 3)[:10], atol=1e-5)
