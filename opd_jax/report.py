@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,15 +165,28 @@ THEMES = {"light": ("#3d4148", "#d9dce1"), "dark": ("#c3c7ce", "#3a3f47")}  # te
 
 
 def curves_from(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, dict[str, tuple[list, list]]]:
-    """Curves of the lines of `metrics.jsonl`: `{metric: {stage: (steps, values)}}`, for the metrics that occur."""
+    """Curves of the lines of `metrics.jsonl`: `{metric: {stage: (steps, values)}}`, for the metrics that occur.
+
+    Of stages that differ by their seed alone, `NAME_seed0` and so on, the first seed's: more cannot be told apart.
+    """
     curves: dict[str, dict[str, tuple[list, list]]] = {}
+    shown = _first_seeds({row["stage"] for row in rows})
     for metric in metrics:
-        for row in rows:
+        for row in (row for row in rows if row["stage"] in shown):
             if metric in row:
                 steps, values = curves.setdefault(metric, {}).setdefault(row["stage"], ([], []))
                 steps.append(row["step"])
                 values.append(row[metric])
     return curves
+
+
+def _first_seeds(stages: set[str]) -> set[str]:
+    first: dict[str, tuple[int, str]] = {}
+    for stage in stages:
+        seeded = re.fullmatch(r"(.+)_seed(\d+)", stage)
+        name, seed = (seeded[1], int(seeded[2])) if seeded else (stage, 0)
+        first[name] = min(first.get(name, (seed, stage)), (seed, stage))
+    return {stage for _, stage in first.values()}
 
 
 def curves_by(rows: Sequence[Row], metric: str, cost: str) -> dict[str, tuple[list, list]]:

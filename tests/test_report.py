@@ -65,6 +65,14 @@ def test_image_grid_places_and_enlarges():
     assert (grid[4] == 255).all() and (grid[5:, 7:] == 255).all()
 
 
+def test_curves_are_of_the_first_seed_where_there_are_several():
+    stages = ["base", "a_seed10", "a_seed2", "b_seed1", "other_seed", "a_seed2"]
+    rows = [{"stage": stage, "step": i, "loss": float(i)} for i, stage in enumerate(stages)]
+    curves = report.curves_from(rows, ["loss"])["loss"]
+    assert curves == {"base": ([0], [0.0]), "a_seed2": ([2, 5], [2.0, 5.0]), "b_seed1": ([3], [3.0]),
+                      "other_seed": ([4], [4.0])}  # fmt: skip
+
+
 def test_curves_from_metrics_lines():
     rows = [
         {"stage": "sft", "step": 0, "loss": 2.0},
