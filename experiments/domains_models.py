@@ -1,15 +1,13 @@
 """Pretraining of the models of the world of five domains: supervised on worked solutions, in the one loop."""
 
 import functools
-import shlex
-import sys
 import time
 
 import numpy as np
 
 from experiments import domains, language, reasoning_models, stages
 from opd_jax import data, loop, optim, report, rng, sharding
-from opd_jax.config import checks
+from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
 from opd_jax.losses.cross_entropy import Text
 from opd_jax.sampling.tokens import SamplingParams
@@ -87,7 +85,7 @@ def make(config, name, params, workdir, mesh, checkpoint_dir) -> tuple:
 
 
 def run(config, workdir, mesh) -> None:
-    began, about = time.time(), {"command": shlex.join(sys.argv)}
+    began, about = time.time(), {"command": command_line()}
     made, rows = {}, []
     asked = {
         name: domains.draw(name, config.eval.problems, config.eval.seed, config.levels, test=True)

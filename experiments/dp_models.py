@@ -1,8 +1,6 @@
 """Pretraining on public records, in the one loop: the teacher and the student of private distillation."""
 
 import functools
-import shlex
-import sys
 import time
 
 import jax
@@ -11,7 +9,7 @@ import numpy as np
 
 from experiments import dp_records, language, reasoning_models, stages
 from opd_jax import data, loop, optim, report, rng, sharding
-from opd_jax.config import checks
+from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
 from opd_jax.losses.cross_entropy import Text
 from opd_jax.models.decoder import Decoder
@@ -86,7 +84,7 @@ def make(config, name: str, mesh, workdir, checkpoint_dir) -> tuple:
 
 
 def run(config, workdir, mesh) -> None:
-    began, about = time.time(), {"command": shlex.join(sys.argv)}
+    began, about = time.time(), {"command": command_line()}
     about |= {"public_corpus": functions.corpus_fingerprint("public")}
     rows, made = [], {}
     corpora = {"private": functions.private_records("held_out"), "public": functions.public_records("held_out")}

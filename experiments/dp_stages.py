@@ -2,8 +2,6 @@
 
 import functools
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from experiments.language import LanguageModel
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from opd_jax import data, privacy, rng, sharding
 from opd_jax.checkpoint import params_sha256
+from opd_jax.config import command_line
 from opd_jax.models import lora
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.gpt2 import GPT2
@@ -116,7 +115,7 @@ class Experiment:
         seed = config.privacy.test_seed
         self.secret = privacy.open_secret(workdir, seed if seed >= 0 else None)
         self.here = privacy.environment()
-        self.about = {"command": shlex.join(sys.argv)}
+        self.about = {"command": command_line()}
         self.place = functools.partial(sharding.shard_batch, mesh=mesh)
 
     @property

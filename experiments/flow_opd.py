@@ -1,8 +1,6 @@
 """Flow-OPD on the scenes world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
 
 import functools
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,7 @@ import numpy as np
 from configs import common
 from experiments import flow_methods, scenes, stages
 from opd_jax import loop, metrics, optim, report, rng, sharding
-from opd_jax.config import checks, fingerprint, versions
+from opd_jax.config import checks, command_line, fingerprint, versions
 from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
@@ -109,7 +107,7 @@ class Experiment:
     def __init__(self, config, workdir: Path, mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = scenes.module(config)
-        self.about = {"command": shlex.join(sys.argv)}
+        self.about = {"command": command_line()}
         self.base = self.load_base()
         backbone = sharding.replicate(self.base.params, mesh)
         self.velocity = flow_methods.adapted_velocity(self.model, config.lora.scale, backbone)

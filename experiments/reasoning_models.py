@@ -1,8 +1,6 @@
 """Pretraining of the reasoning world's models: supervised on worked solutions, in the one loop."""
 
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments import language, stages
 from opd_jax import data, loop, optim, report, rng, sharding
-from opd_jax.config import checks
+from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
 from opd_jax.losses.cross_entropy import Text
 from opd_jax.models.decoder import Decoder
@@ -94,7 +92,7 @@ def load(path, recipe: str | None = None) -> stages.Made:
 
 
 def run(config, workdir, mesh) -> None:
-    began, about = time.time(), {"command": shlex.join(sys.argv)}
+    began, about = time.time(), {"command": command_line()}
     made, rows = {}, []
     world, problems = (
         language.reasoning_language(),

@@ -4,8 +4,6 @@ A teacher's answers -> SFT of the student -> its rollouts, labelled once -> stud
 """
 
 import functools
-import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ from experiments import language, reasoning_stores, stages, token_methods
 from experiments.reasoning_stores import Teacher
 from opd_jax import rng, sharding
 from opd_jax.checkpoint import params_sha256
-from opd_jax.config import ConfigError
+from opd_jax.config import ConfigError, command_line
 from opd_jax.losses import opd
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf import check_same_tokenizer, save_decoder
@@ -48,7 +46,7 @@ class Experiment:
 
     def __init__(self, config, workdir: Path, mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.about = {"command": shlex.join(sys.argv)}
+        self.about = {"command": command_line()}
         self.room = config.problems.prompt_tokens
         if config.problems.path:
             self.load_directories()

@@ -1,8 +1,6 @@
 """Pretraining of the scenes world's base model: flow matching on captioned pictures, in the one loop."""
 
 import functools
-import shlex
-import sys
 import time
 
 import jax
@@ -10,7 +8,7 @@ import jax
 from experiments import scenes as pieces
 from experiments import stages
 from opd_jax import loop, optim, report, rng, sharding
-from opd_jax.config import checks
+from opd_jax.config import checks, command_line
 from opd_jax.losses import flow_matching
 from opd_jax.types import Method
 from opd_jax.worlds.scenes import TASKS
@@ -99,7 +97,7 @@ def make_phase(config, name, params, workdir, mesh, checkpoint_dir) -> tuple:
 
 
 def run(config, workdir, mesh) -> None:
-    began, about = time.time(), {"command": shlex.join(sys.argv)}
+    began, about = time.time(), {"command": command_line()}
     params, seconds, phases = None, {}, recipes(config)
     finished = [i for i, (name, recipe) in enumerate(phases.items()) if stages.path_of(name, workdir, recipe).exists()]
     for name, recipe in list(phases.items())[max(finished, default=0) :]:  # a later phase needs no earlier one

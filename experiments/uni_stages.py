@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from experiments import language, reasoning_stores, stages, token_methods, uni_m
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from experiments.uni_setup import Model, Setup
 from opd_jax import rng, sharding
-from opd_jax.config import write_atomic
+from opd_jax.config import command_line, write_atomic
 from opd_jax.losses.balancing import balance_offline
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.models.decoder import Decoder
@@ -28,7 +26,7 @@ class Experiment:
 
     def __init__(self, config, setup: Setup, workdir: Path, mesh):
         self.config, self.setup, self.workdir, self.mesh = config, setup, workdir, mesh
-        self.about = {"command": shlex.join(sys.argv)}
+        self.about = {"command": command_line()}
         self.where = {"slots": config.sampler.slots, "mesh": mesh}
         self.failures: Counter = Counter()  # why outcomes are unknown
         self.methods, self.scored = {}, {}

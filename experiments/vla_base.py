@@ -1,8 +1,6 @@
 """Practice before any task, in the one loop: a policy that the students of VLA-OPD may begin with."""
 
 import functools
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,7 @@ from jaxtyping import Array, Float
 
 from experiments import stages, vla_methods
 from opd_jax import data, optim, report, rng, sharding
-from opd_jax.config import ConfigError, checks
+from opd_jax.config import ConfigError, checks, command_line
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens, vla
 from opd_jax.models.keypoints import pointing_loss
@@ -190,7 +188,7 @@ def make(config, mesh, workdir) -> stages.Made:
     batches = data.batches(draw, recipe.batch_size, config.seed, functools.partial(sharding.shard_batch, mesh=mesh))
     return stages.trained(
         "base", workdir, recipe_of(config), method_of(config, module), start, batches, recipe, config.seed,
-        place=functools.partial(sharding.replicate, mesh=mesh), about={"command": shlex.join(sys.argv)},
+        place=functools.partial(sharding.replicate, mesh=mesh), about={"command": command_line()},
         averaged=True, save_every=config.save_every,
     )  # fmt: skip
 

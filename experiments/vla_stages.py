@@ -1,8 +1,6 @@
 """The stages of distilling robot policies, each made once: demonstrations, the first student, arms; and success."""
 
 import functools
-import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +10,7 @@ from experiments import stages, vla_base, vla_flow, vla_methods
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import Acting, Demonstrations, Starts
 from opd_jax import data, rng, sharding
+from opd_jax.config import command_line
 from opd_jax.metrics import read_metrics
 from opd_jax.sampling.episodes import Plan
 from opd_jax.worlds import tabletop
@@ -24,7 +23,7 @@ class Experiment:
 
     def __init__(self, config, workdir: Path, mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.about = {"command": shlex.join(sys.argv)}
+        self.about = {"command": command_line()}
         self.place = functools.partial(sharding.shard_batch, mesh=mesh)
         part = config.policy
         self.module = vla_base.module_of(part)

@@ -287,6 +287,16 @@ def _one_line_errors() -> Iterator[None]:
 # ---- the working folder ----------------------------------------------------------------------------------------------
 
 
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """The command of this process, or another, to be typed again in a shell; lists of names are legible in it."""
+
+    def quoted(arg: str) -> str:
+        plain = "'" in arg and not re.search(r'["$`\\!]', arg)
+        return f'"{arg}"' if plain else shlex.quote(arg)
+
+    return " ".join(["python", *map(quoted, sys.argv if argv is None else argv)])
+
+
 def versions() -> dict[str, Any]:
     """Python, packages, git commit, device and command line: what a result is reproduced from."""
     device = jax.devices()[0]
@@ -296,7 +306,7 @@ def versions() -> dict[str, Any]:
         "commit": _commit(),
         "device": f"{jax.device_count()} x {device.device_kind}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
     }
 
 

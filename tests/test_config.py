@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -226,3 +227,10 @@ def test_only_the_named_arms_are_kept():
     with pytest.raises(ConfigError, match="there is no arm 'd'; choose of b, c"):
         config_lib.keep_arms(config)
     config_lib.keep_arms(ConfigDict({"seed": 0}))
+
+
+def test_a_command_is_legible_and_means_the_same():
+    argv = ["main.py", "--config.only=('a', 'b')", "--workdir=my runs", "a'$b", "plain"]
+    said = config_lib.command_line(argv)
+    assert said.startswith("python main.py \"--config.only=('a', 'b')\" '--workdir=my runs' ")
+    assert shlex.split(said) == ["python", *argv]
