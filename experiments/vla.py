@@ -37,6 +37,7 @@ def validate(config, mesh) -> None:
         part = config.policy
         fits = 1 <= part.executed <= part.horizon
         check(fits, f"policy.executed={part.executed}: give 1 to policy.horizon={part.horizon}")
+        check(part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points")
         check(part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size")
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
