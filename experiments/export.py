@@ -158,7 +158,7 @@ def card(config, workdir: Path, stage: str, about: dict, library: str) -> str:
     lines = [
         "---", f"library_name: {library}", "tags:", "- on-policy-distillation", "- opd_jax", "---", "",
         f"# {stage}", "",
-        f"A model of the experiment `{config.experiment}` of [opd_jax](https://pypi.org/project/opd-jax/), made by", "",
+        f"A model of the experiment `{config.experiment}` of opd_jax, made by", "",
         f"    {versions[0]['command']}", "",
         f"with jax {versions[0]['jax']} on {versions[0]['device']}.", "",
         f"* recipe `{about['recipe']}`, parameters `{about['params_sha256']}`",

@@ -71,10 +71,8 @@ def validate(config, mesh) -> None:
         check(not uneven, uneven)
         uneven = sharding.uneven(config.eval.moments, mesh, "eval.moments")
         check(not uneven, uneven)
-        most = config.policy.horizon
-        check(
-            config.eval.executed <= most, f"eval.executed={config.eval.executed}: a chunk has {most} actions; lower it"
-        )
+        executed, most = config.eval.executed, config.policy.horizon
+        check(1 <= executed <= most, f"eval.executed={executed}: a chunk has {most} actions; give 1 to {most}")
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
 
 
@@ -109,9 +107,8 @@ def _tried(act, params, key, seeds, *, plan: Plan):
     moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed)))(seeds)
     index, horizon = jnp.arange(len(seeds)), jnp.full(len(seeds), plan.decisions * plan.executed)
     how = {"plan": plan, "horizon": horizon, "group": index, "task": index}
-    return episodes.rollout(
-        PRACTICE, act, params, moments, rng.per_record(key, len(seeds)), **how
-    ).success, moments.place
+    played = episodes.rollout(PRACTICE, act, params, moments, rng.per_record(key, len(seeds)), **how)
+    return played.success, moments.place
 
 
 def tried(config, module, params, mesh) -> dict[str, float]:
@@ -125,6 +122,8 @@ def tried(config, module, params, mesh) -> dict[str, float]:
 
 
 class PracticeLabels(NamedTuple):
+    """What practice is taught."""
+
     actions: ActionLabels
     aim: Float[Array, "B T C 2"]
 
