@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "policy": common.TABLETOP_POLICY,
         "sigma": 0.1,  # of the expert's distribution over bins; an action is in [-1, 1]
         "practice": {
-            "steps": 6000, "batch_size": 128, "learning_rate": 2e-3, "warmup": 100, "decay_steps": 3000,
+            "steps": 4000, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "decay_steps": 2000,
             "ema_decay": 0.999, "pointing": 1.0,  # weight of finding what is named in the pictures
         },
         "eval": {"moments": 256, "seed": 1234, "steps": 48, "executed": 8},  # new moments, acted out

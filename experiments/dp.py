@@ -9,7 +9,7 @@ import numpy as np
 from experiments import dp_stages
 from experiments.dp_stages import Experiment
 from experiments.reasoning_stages import arm_recipe, sampling_params
-from opd_jax import metrics, report, sharding
+from opd_jax import hosts, metrics, report, sharding
 from opd_jax.config import ConfigError, checks, fingerprint, versions
 from opd_jax.losses import dp_opd
 from opd_jax.privacy import ACCOUNTANTS
@@ -24,6 +24,7 @@ def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     with checks() as check:
         part, teacher = config.privacy, config.teacher
+        check(not hosts.several(), "--distributed: secret and ledger are of one process; leave it out, or one host")
         check(part.epsilon > 0, f"privacy.epsilon={part.epsilon}: give a number above 0")
         check(0 < part.delta < 1e-2, f"privacy.delta={part.delta}: give at most one over the number of records")
         check(part.accountant in ACCOUNTANTS, f"privacy.accountant={part.accountant!r}: {' or '.join(ACCOUNTANTS)}")

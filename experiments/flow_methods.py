@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from experiments.scenes import SHAPE
-from opd_jax import optim, rng
+from opd_jax import hosts, optim, rng
 from opd_jax.losses import advantage_matching, flow_matching, flow_opd, policy_gradient
 from opd_jax.losses.advantage_matching import SampledAgain
 from opd_jax.losses.policy_gradient import RewardLabels
@@ -143,14 +143,14 @@ def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, reci
         again = isinstance(rollout, SampledAgain)
         visited = rollout if again else policy_gradient.window_of(rollout, recipe.flow_grpo.window)
         reference = _reference_velocities(student, start, visited) if recipe[recipe.method].beta > 0 else None
-        images, task = np.asarray(rollout.image if again else rollout.states[:, -1]), np.asarray(rollout.task)
-        captions = [scenes.caption_of(tokens) for tokens in np.asarray(rollout.condition)]
+        images, task = hosts.fetch((rollout.image if again else rollout.states[:, -1], rollout.task))
+        captions = [scenes.caption_of(tokens) for tokens in hosts.fetch(rollout.condition)]
         reward = np.zeros(len(captions), np.float32)
         for index, name in enumerate(rewards):
             mine = np.flatnonzero(task == index)
             if mine.size:
                 reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
-        reward, group = jnp.asarray(reward), jnp.asarray(np.asarray(rollout.group))  # one device, no collective
+        reward, group = jnp.asarray(reward), jnp.asarray(hosts.fetch(rollout.group))  # one device, no collective
         advantage = policy_gradient.group_advantages(reward, group, len(captions) // recipe.group)
         advantage, reward = jax.device_put((advantage, reward), rollout.task.sharding)
         return RewardLabels(advantage, reference, reward)

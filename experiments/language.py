@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from opd_jax import hosts
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, tokenizer_fingerprint
@@ -203,7 +204,7 @@ def answer_all(
     rollout = sampling.generate_in_slots(
         model.decode, model.init_cache, params, prompts, how, slots=slots, admit=admit, mesh=mesh
     )
-    return jax.device_get(rollout)
+    return hosts.fetch(rollout)
 
 
 def completions(language: Language, rollout: TokenRollout) -> list[str]:
@@ -214,9 +215,11 @@ def completions(language: Language, rollout: TokenRollout) -> list[str]:
 
 def verdicts(language: Language, problems: Problems, rollout: TokenRollout) -> verify.Verdicts:
     """Whether every final answer is right, and why some are unknown. `group` is a problem's index."""
+    rollout = hosts.fetch(rollout)
     answers = [problems.answers[i] for i in np.asarray(rollout.group)]
     texts = completions(language, rollout)
-    return verify.verdicts(lambda _: language.correct, texts, answers, [""] * len(texts), threads=language.threads)
+    said = verify.verdicts(lambda _: language.correct, texts, answers, [""] * len(texts), threads=language.threads)
+    return said._replace(outcome=hosts.agreed(said.outcome))  # time can run out in one process alone
 
 
 def outcomes(language: Language, problems: Problems, rollout: TokenRollout) -> np.ndarray:

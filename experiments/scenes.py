@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from opd_jax import data, rng, sharding
+from opd_jax import data, hosts, rng, sharding
 from opd_jax.models.mmdit import MMDiT
 from opd_jax.rewards import tesseract
 from opd_jax.sampling import flow
@@ -93,7 +93,7 @@ def pictures(velocity_fn, params, captions: list[str], *, steps: int, shift: flo
     if devices > 1:
         tokens = sharding.shard_batch(np.pad(tokens, ((0, -len(tokens) % devices), (0, 0))), jax.sharding.get_mesh())
     images = _pictures(velocity_fn, params, tokens, rng.stream(seed, "pictures"), steps, shift)
-    return np.asarray(images)[: len(captions)]
+    return hosts.fetch(images)[: len(captions)]
 
 
 def score(velocity_fn, params, captions: dict[str, list[str]], **sampler) -> dict[str, float]:

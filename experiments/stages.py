@@ -6,9 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
-from opd_jax import loop, optim
+from opd_jax import hosts, loop, optim
 from opd_jax.checkpoint import load_params, params_sha256, save_params
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.metrics import read_metrics
@@ -82,12 +80,14 @@ def once(
         return load(path, recipe)
     began = time.time()
     params, samples = make(workdir / "checkpoints" / f"{name}-{recipe[:12]}")
-    params = jax.device_get(params)
+    params = hosts.fetch(params)
+    hosts.wait(f"{name} is made")
     parts = [lines for part in logged_as or (name,) if (lines := read_metrics(workdir, part))]
     seconds = sum(lines[-1]["seconds"] for lines in parts)  # includes those before a resume
     made = Made(params, recipe, params_sha256(params), seconds if parts else time.time() - began, samples)
     first = [line["loss"] for line in parts[0][:FIRST] if "loss" in line] if parts else []  # none of private training
     save(path, made, (about or {}) | {"stage": name, "first_losses": first})
+    hosts.wait(f"{name} is saved")
     return made
 
 

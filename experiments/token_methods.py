@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments.language import Language, LanguageModel, Problems, outcomes
-from opd_jax import data, optim, rng, sharding
+from opd_jax import data, hosts, optim, rng, sharding
 from opd_jax.losses import cross_entropy, lightning_opd, opd, policy_gradient
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.losses.linear_divergence import Options
@@ -85,11 +85,12 @@ def logp_of_many(model: LanguageModel, params, rollout, slots: int, mesh) -> np.
     Args:
         slots: a multiple of that axis; where too few records are left, the last is read again.
     """
+    rollout = hosts.fetch(rollout)
     count, parts = len(rollout.length), []
     for first in range(0, count, slots):
         index = np.minimum(np.arange(first, first + slots), count - 1)
-        part = sharding.shard_batch(jax.tree.map(lambda leaf, i=index: np.asarray(leaf)[i], rollout), mesh)
-        parts.append(np.asarray(logp_of(model.hidden, params, part, head_fn=model.head)))
+        part = sharding.shard_batch(jax.tree.map(lambda leaf, i=index: leaf[i], rollout), mesh)
+        parts.append(hosts.fetch(logp_of(model.hidden, params, part, head_fn=model.head)))
     return np.concatenate(parts)[:count]
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from experiments import token_methods
 from experiments.language import Language, LanguageModel, Problems, verdicts
 from experiments.uni_setup import Model
-from opd_jax import data, sharding
+from opd_jax import data, hosts, sharding
 from opd_jax.losses import uni_opd
 from opd_jax.losses.uni_opd import Calibration
 from opd_jax.sampling.tokens import SamplingParams
@@ -77,7 +77,7 @@ def judge(said: Mapping[int, Callable], language: Language, problems: Problems, 
         found, outcome = label_by_task(said, rollout, place, mesh.size), read_verdicts(rollout)
         if not exact:
             return place(Judged(found, outcome))
-        number = np.searchsorted(sorted(said), np.asarray(rollout.task)).astype(np.int32)
+        number = np.searchsorted(sorted(said), hosts.fetch(rollout.task)).astype(np.int32)
         return place(Judged(found.logp, outcome, found.hidden, number))
 
     def read_verdicts(rollout):
@@ -90,7 +90,7 @@ def judge(said: Mapping[int, Callable], language: Language, problems: Problems, 
 
 def heads_of(teachers: Mapping[int, Model]) -> Float[Array, "N E V"]:
     """The output projections of all teachers in the order of their tasks, narrower ones with rows of zeros."""
-    heads = [np.asarray(teacher.functions.head(teacher.params)) for _, teacher in sorted(teachers.items())]
+    heads = [hosts.fetch(teacher.functions.head(teacher.params)) for _, teacher in sorted(teachers.items())]
     width = max(len(head) for head in heads)
     return jnp.stack([np.pad(head, ((0, width - len(head)), (0, 0))) for head in heads])
 

@@ -11,7 +11,7 @@ import numpy as np
 from experiments import language, reasoning_stores, stages, token_methods, uni_methods
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from experiments.uni_setup import Model, Setup
-from opd_jax import rng, sharding
+from opd_jax import hosts, rng, sharding
 from opd_jax.config import command_line, write_atomic
 from opd_jax.losses.balancing import balance_offline
 from opd_jax.losses.lightning_opd import LightningLabels
@@ -70,6 +70,7 @@ class Experiment:
             counts = np.where(np.isnan(outcome).any(1), -1, outcome.sum(1)).astype(int)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(counts.tolist()))
+            hosts.wait("solved counts are written")
         return np.asarray(json.loads(path.read_text()))
 
     def chosen(self, recipe) -> list[list[int]]:

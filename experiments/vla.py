@@ -40,6 +40,7 @@ def validate(config, mesh) -> None:
         check(part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points")
         check(part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size")
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
+        check(0 <= config.floor < 1, f"floor={config.floor}: give a share below 1")
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")

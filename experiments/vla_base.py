@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages, vla_methods
-from opd_jax import data, optim, report, rng, sharding
+from opd_jax import data, hosts, optim, report, rng, sharding
 from opd_jax.config import ConfigError, checks, command_line
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens, vla
@@ -42,7 +42,11 @@ def first_observation() -> Observation:
 
 
 def load(path: str, policy) -> stages.Made:
-    """What a run of `configs/vla_base.py` has made. Raises: ConfigError where that is missing or of another size."""
+    """What a run of `configs/vla_base.py` has made, that of its default where `path` is `shipped`.
+
+    Raises: ConfigError where it is missing or of another size.
+    """
+    path = str(stages.SHIPPED / "tabletop_base.safetensors") if path == "shipped" else path
     if not Path(path).is_file():
         raise ConfigError(f"base={path}: no such file; give one that a run of configs/vla_base.py has left in stages/")
     made = stages.load(Path(path))
@@ -117,7 +121,7 @@ def tried(config, module, params, mesh) -> dict[str, float]:
     seeds = np.random.default_rng(part.seed).integers(0, 2**32, part.moments, np.uint32)
     plan = Plan(-(-part.steps // part.executed), part.executed)
     params, seeds = sharding.replicate(params, mesh), sharding.shard_batch(seeds, mesh)
-    success, place = jax.device_get(_tried(act, params, rng.stream(part.seed, "eval"), seeds, plan=plan))
+    success, place = hosts.fetch(_tried(act, params, rng.stream(part.seed, "eval"), seeds, plan=plan))
     return {"picked": float(success[place < 0].mean()), "put": float(success[place >= 0].mean())}
 
 

@@ -91,17 +91,26 @@ class Starts(NamedTuple):
     task: Array  # [B]
 
 
-@functools.partial(jax.jit, static_argnames=("environment", "acting"))
-def _play(act_fn, params, starts: Starts, key, *, environment: Table, acting: Acting) -> EpisodeRollout:
-    first = jax.vmap(lambda seed, task: tabletop.reset(jax.random.key(seed), task, acting.split))(*starts)
-    group = jnp.arange(len(starts.task), dtype=jnp.int32)
-    repeat = lambda leaf: jnp.repeat(leaf, acting.group, axis=0)
-    first, group, task = jax.tree.map(repeat, first), repeat(group), repeat(starts.task)
-    keys = rng.per_record(key, len(group))
+@functools.partial(jax.jit, static_argnames=("group", "split"))
+def _begin(starts: Starts, key, *, group: int, split: str):
+    """First states, the key of each episode, and its scene and task. By itself: it is long in compiling."""
+    first = jax.vmap(lambda seed, task: tabletop.reset(jax.random.key(seed), task, split))(*starts)
+    scene = jnp.arange(len(starts.task), dtype=jnp.int32)
+    first, scene, task = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), (first, scene, starts.task))
+    keys = rng.per_record(key, len(scene))
     first = first._replace(key=jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31 - 1))  # disturbances of its own
-    horizon = jnp.asarray(HORIZONS)[task]
-    how = {"plan": acting.plan, "horizon": horizon, "group": group, "task": task}
+    return first, keys, scene, task
+
+
+@functools.partial(jax.jit, static_argnames=("environment", "plan"))
+def _go_on(act_fn, params, first, keys, scene, task, *, environment: Table, plan: Plan) -> EpisodeRollout:
+    how = {"plan": plan, "horizon": jnp.asarray(HORIZONS)[task], "group": scene, "task": task}
     return episodes.rollout(environment, act_fn, params, first, keys, **how)
+
+
+def _play(act_fn, params, starts: Starts, key, *, environment: Table, acting: Acting) -> EpisodeRollout:
+    begun = _begin(starts, key, group=acting.group, split=acting.split)
+    return _go_on(act_fn, params, *begun, environment=environment, plan=acting.plan)
 
 
 def act_fn(policy_fn: Partial, temperature: float) -> Partial:
@@ -126,15 +135,15 @@ def demonstrate(starts: Starts, key, steps: int, split: str = "train") -> Episod
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "sigma"))
-def _expert_labels(states, *, steps: int, sigma: float) -> ActionLabels:
+@functools.partial(jax.jit, static_argnames=("steps", "sigma", "floor"))
+def _expert_labels(states, *, steps: int, sigma: float, floor: float) -> ActionLabels:
     plans = episodes.expert_chunks(states, environment=TABLE, expert=tabletop.expert, steps=steps)
-    return ActionLabels(action_tokens.expert_logits(plans, sigma))
+    return ActionLabels(action_tokens.expert_logits(plans, sigma, floor))
 
 
-def expert_labels(steps: int, sigma: float):
+def expert_labels(steps: int, sigma: float, floor: float):
     """`Method.label`: the scripted expert's chunk from every state, as a distribution over bins."""
-    return lambda _, rollout: _expert_labels(rollout.states, steps=steps, sigma=sigma)
+    return lambda _, rollout: _expert_labels(rollout.states, steps=steps, sigma=sigma, floor=floor)
 
 
 @jax.jit
@@ -188,13 +197,13 @@ class Policy(NamedTuple):
     on_policy: Callable[..., tuple]
 
 
-def bins(module: nn.Module, plan: Plan, sigma: float) -> Policy:
+def bins(module: nn.Module, plan: Plan, sigma: float, floor: float) -> Policy:
     """Policies over action bins, the paper's: distilled from the expert's distribution, or trained by success alone."""
-    policy_fn, label = logits_fn(module), expert_labels(module.horizon, sigma)
+    policy_fn, label = logits_fn(module), expert_labels(module.horizon, sigma, floor)
 
     def imitation(recipe):
         update, optimizer = update_of(vla_opd.supervise(policy_fn, "hard_cross_entropy"), recipe)
-        shown = jax.jit(lambda rollout: ActionLabels(action_tokens.expert_logits(rollout.states, sigma)))
+        shown = jax.jit(lambda rollout: ActionLabels(action_tokens.expert_logits(rollout.states, sigma, floor)))
         return Method(lambda _, batch, key: as_rollout(batch), lambda _, rollout: shown(rollout), update), optimizer
 
     def on_policy(recipe):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from experiments import vla_methods
 from experiments.vla_methods import Acting
 from experiments.vla_stages import Experiment
-from opd_jax import rng, sharding
+from opd_jax import hosts, rng, sharding
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens
 from opd_jax.report import HeatMap, Samples
@@ -39,7 +39,7 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Sa
     shown = vla_methods.demonstrate(starts, key, steps, "test")
     films = {"expert": film(shown, shown.drawn, first)}
     policy_fn = vla_methods.logits_fn(experiment.module)
-    label = vla_methods.expert_labels(experiment.module.horizon, experiment.config.sigma)
+    label = vla_methods.expert_labels(experiment.module.horizon, experiment.config.sigma, experiment.config.floor)
     maps = []
     bins = experiment.policies["bins"]
     plan = experiment.plan._replace(decisions=vla_methods.decisions_of(tasks, experiment.plan.executed))
@@ -47,7 +47,7 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Sa
         params = sharding.replicate(params, experiment.mesh)
         played = vla_methods.play(bins.greedy, params, starts, key, Acting(plan, split="test"))
         films[name] = film(played, executed(played, plan.executed), first)
-        values = np.asarray(disagreement(policy_fn, params, played, label(None, played)))
+        values = hosts.fetch(disagreement(policy_fn, params, played, label(None, played)))
         maps.append(HeatMap(name, values[: len(tasks) * EPISODES], "episode", "decision"))
     return Samples("Episodes from the same first states", [instruction(task) for task in tasks], films), maps
 
@@ -65,7 +65,7 @@ def executed(rollout: EpisodeRollout, count: int) -> Float[Array, "B S A"]:
 def film(rollout: EpisodeRollout, actions: Float[Array, "B S A"], chosen: np.ndarray) -> np.ndarray:
     """`[n, T, H, W, 3]` bytes of the chosen episodes, cameras side by side; one that is over stands still."""
     states = jax.tree.map(lambda leaf: leaf[chosen, 0], rollout.states)
-    return np.asarray(_film(states, actions[chosen], rollout.length[chosen]))
+    return hosts.fetch(_film(states, actions[chosen], rollout.length[chosen]))
 
 
 @jax.jit

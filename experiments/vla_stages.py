@@ -9,7 +9,7 @@ import numpy as np
 from experiments import stages, vla_base, vla_flow, vla_methods
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import Acting, Demonstrations, Starts
-from opd_jax import data, rng, sharding
+from opd_jax import data, hosts, rng, sharding
 from opd_jax.config import command_line
 from opd_jax.metrics import read_metrics
 from opd_jax.sampling.episodes import Plan
@@ -30,7 +30,7 @@ class Experiment:
         self.base = vla_base.load(config.base, part) if config.base else None
         self.plan = Plan(1, part.executed)
         self.policies = {
-            "bins": vla_methods.bins(self.module, self.plan, config.sigma),
+            "bins": vla_methods.bins(self.module, self.plan, config.sigma, config.floor),
             "flow": vla_flow.policy(self.module, self.plan, config.sigma, **config.flow),
         }
         self.tasks = [i for i, task in enumerate(tabletop.TASKS) if task.suite in config.suites]
@@ -60,7 +60,7 @@ class Experiment:
             starts = self.starts(asked, self.config.demonstrations.seed + attempt, pad=True)
             key = rng.stream(self.config.demonstrations.seed + attempt, "demonstrations")
             steps = int(vla_methods.HORIZONS[tasks].max())
-            rollout = jax.device_get(vla_methods.demonstrate(starts, key, steps))
+            rollout = hosts.fetch(vla_methods.demonstrate(starts, key, steps))
             wanted = np.arange(len(starts.task)) < len(asked)  # the rest is padding
             rollout = rollout._replace(states=None, success=np.where(wanted, rollout.success, 0))
             found.append(vla_methods.as_demonstrations(rollout, self.config.policy.horizon))
@@ -82,7 +82,8 @@ class Experiment:
     def train(self, stage: str, recipe, seed: int, start, method: tuple, batches, settings, *upstream: str, **run):
         settings = settings | {"recipe": recipe.to_dict(), "seed": seed, "policy": self.config.policy.to_dict()}
         settings |= {"flow": self.config.flow.to_dict()} if recipe.get("head") == "flow" else {}
-        settings |= {"tasks": self.tasks, "held_out": self.held_out, "sigma": self.config.sigma}
+        settings |= {"tasks": self.tasks, "held_out": self.held_out}
+        settings |= {"sigma": self.config.sigma, "floor": self.config.floor}
         return stages.trained(
             stage,
             self.workdir,
@@ -147,20 +148,16 @@ class Experiment:
 
     def success(self, params, head: str) -> dict[int, float]:
         """Share of episodes of the test split that each task ends in success; of the expert, where `head` is that."""
-        part, found = self.config.eval, {}
-        params = sharding.replicate(params, self.mesh)
-        for suite in self.config.suites:
-            tasks = [task for task in self.tasks if tabletop.TASKS[task].suite == suite]
-            asked = np.repeat(tasks, part.episodes)
-            starts, key = self.starts(asked, part.seed, pad=True), rng.stream(part.seed, "eval")
-            if head == "expert":
-                played = vla_methods.demonstrate(starts, key, int(vla_methods.HORIZONS[tasks].max()), "test")
-            else:
-                plan = self.plan._replace(decisions=vla_methods.decisions_of(tasks, self.plan.executed))
-                played = vla_methods.play(self.policies[head].greedy, params, starts, key, Acting(plan, split="test"))
-            good = np.asarray(played.success)[: len(asked)].reshape(len(tasks), part.episodes)
-            found |= dict(zip(tasks, good.mean(1)))
-        return found
+        part, params = self.config.eval, sharding.replicate(params, self.mesh)
+        asked = np.repeat(self.tasks, part.episodes)
+        starts, key = self.starts(asked, part.seed, pad=True), rng.stream(part.seed, "eval")
+        if head == "expert":
+            played = vla_methods.demonstrate(starts, key, int(vla_methods.HORIZONS[self.tasks].max()), "test")
+        else:
+            plan = self.plan._replace(decisions=vla_methods.decisions_of(self.tasks, self.plan.executed))
+            played = vla_methods.play(self.policies[head].greedy, params, starts, key, Acting(plan, split="test"))
+        good = hosts.fetch(played.success)[: len(asked)].reshape(len(self.tasks), part.episodes)
+        return dict(zip(self.tasks, good.mean(1)))
 
     def spent(self, name: str, seed: int) -> dict[str, float]:
         """What an arm has cost: its own actions and labelled decisions, those of its start and of its teacher too."""

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from opd_jax import hosts
 from opd_jax.config import ConfigError, to_json, write_atomic
 from opd_jax.types import PyTree
 
@@ -142,7 +143,7 @@ def flatten_params(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: something other than non-empty dicts with string keys, and arrays.
     """
-    return dict(sorted(_flatten(jax.device_get(tree), ())))
+    return dict(sorted(_flatten(hosts.fetch(tree), ())))
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:

@@ -41,6 +41,8 @@ class ConfigError(ValueError):
 def write_atomic(path: str | os.PathLike, data: bytes | str, mode: int = 0o666) -> Path:
     """Writes a file whole or not at all: readers, and runs killed at any moment, see the old content or the new.
 
+    Of several processes of one run the first alone writes; the others read after `hosts.wait`.
+
     Args:
         path: the file; its folder is created when missing.
         data: bytes, or text that is stored as UTF-8.
@@ -51,6 +53,8 @@ def write_atomic(path: str | os.PathLike, data: bytes | str, mode: int = 0o666) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if jax.process_index():
+        return path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder, so that the replacement is a rename
     try:
         with open(temporary, "wb", opener=functools.partial(os.open, mode=mode)) as file:

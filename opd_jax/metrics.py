@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from opd_jax import hosts
 from opd_jax.config import write_atomic
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
@@ -64,10 +65,10 @@ class MetricsWriter:
         self._held: tuple[int, float, Mapping[str, Any]] | None = None
         kept = [row for row in read_metrics(workdir) if row["stage"] != stage or row["step"] < start]
         path = write_atomic(Path(workdir) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a")  # noqa: SIM115 closed by close()
+        self._file = open(path if hosts.first() else os.devnull, "a")  # noqa: SIM115 closed by close()
         before = max((row["seconds"] for row in kept if row["stage"] == stage), default=0.0)
         self._began = time.perf_counter() - before
-        self._board = _tensorboard(Path(workdir) / "tensorboard" / stage, start)
+        self._board = _tensorboard(Path(workdir) / "tensorboard" / stage, start) if hosts.first() else None
         self._progress = _Progress(stage, start, total_steps)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -108,7 +109,7 @@ class MetricsWriter:
             self.close()
 
     def _emit(self, step: int, seconds: float, metrics: Mapping[str, Any]) -> None:
-        values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         for name, value in values.items():
             if not np.all(np.isfinite(value)):
                 raise FloatingPointError(
@@ -147,11 +148,14 @@ class _Progress:
 
     def __init__(self, stage: str, start: int, total: int):
         self._stage, self._total, self._step = stage, total, start
-        self._bar = tqdm(desc=stage, initial=start, total=total, dynamic_ncols=True) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and hosts.first()
+        self._bar = tqdm(desc=stage, initial=start, total=total, dynamic_ncols=True) if shown else None
         self._last_time, self._last_step = -math.inf, start
 
     def update(self, step: int, shown: Mapping[str, float]) -> None:
         done = step + 1
+        if not hosts.first():
+            return
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
             self._bar.update(done - self._step)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.config import ConfigError
@@ -67,9 +68,21 @@ def mapped_axis(count: int) -> str | None:
     return "data" if "data" in mesh.axis_names and count % mesh.shape["data"] == 0 else None
 
 
+def put(leaf: Any, where: NamedSharding) -> jax.Array:
+    """An array at its place. Every process gives the whole of it, and keeps what belongs on its own devices.
+
+    `jax.device_put` does so too, but first compares what the processes give: no thread that works ahead may wait so.
+    """
+    if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, where)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Every array whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    where = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: put(leaf, where), tree)
 
 
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -86,7 +99,8 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
         raise ConfigError(f"batch: first axes {sorted(map(str, sizes))}; every array of a batch needs the same one")
     if wrong := next(filter(None, (uneven(size, mesh) for size in sizes)), None):
         raise ConfigError(wrong)
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda leaf: put(leaf, where), tree)
 
 
 def param_specs(tree: PyTree, rules: Rules) -> PyTree:
@@ -122,6 +136,6 @@ def shard_params(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
             if size % n:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ConfigError(f"{name}: an axis of {size} does not split over {axis}={n}; replicate it, or resize")
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, tree, specs)

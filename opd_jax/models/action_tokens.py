@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -92,21 +93,31 @@ def decode(bins: Int[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.asarray(CENTRES, jnp.float32)[jnp.clip(bins, 0, len(CENTRES) - 1)]
 
 
-def expert_logits(actions: Float[Array, "*n A"], sigma: float | int) -> Float[Array, "*n A K"]:
+def expert_logits(actions: Float[Array, "*n A"], sigma: float | int, floor: float | int = 0) -> Float[Array, "*n A K"]:
     """`-(centre_k - a)^2 / (2 sigma^2)`: an expert's normalised action as a distribution over bins, unnormalised.
 
     The softmax is a discrete Gaussian about the action, clipped to [-1, 1], of standard deviation `sigma`. Here bin 255
     has the centre that follows centre_254, not that centre again, which would count the last bin twice. The best bin is
     that of the action, or for 1 itself the last two are equally good.
 
+    Args:
+      floor: share of the distribution that is spread evenly over all bins, below 1. Without it the far end costs
+        `(2 / sigma)^2 / 2` nats, 200 at sigma 0.1, and a reverse KL is about wrong commands of a gripper and little
+        else; with 0.01 nothing costs more than `log(K / 0.01)`, 10 nats.
+
     Raises:
-      ValueError: where sigma is not positive.
+      ValueError: where sigma is not positive, or floor is no such share.
     """
     if sigma <= 0:
         raise ValueError(f"sigma={sigma}; give a positive one, such as 0.02")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor={floor}; give a share below 1, such as 0.01")
     centres = jnp.asarray(EDGES + 1 / (NUM_BINS - 1), jnp.float32).reshape(*[1] * actions.ndim, -1)
     distance = centres - jnp.clip(actions.astype(jnp.float32), -1, 1)[..., None]
-    return -jnp.square(distance) / (2 * sigma**2)
+    logits = -jnp.square(distance) / (2 * sigma**2)
+    if not floor:
+        return logits
+    return jnp.logaddexp(jax.nn.log_softmax(logits) + np.log1p(-floor), np.log(floor / NUM_BINS))
 
 
 def to_json(statistics: Mapping[str, Statistics]) -> str:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from opd_jax import hosts
 from opd_jax.rng import per_record
 from opd_jax.sampling.flow import as_partial
 from opd_jax.sampling.token_filters import SamplingParams, check_ids, check_params, filter_logits
@@ -224,10 +225,10 @@ def stream(
     state = _split(state._replace(left=jnp.zeros_like(state.left)), mesh)
     owner, started = np.full(slots, -1), 0  # the record in each slot, -1 for none; records that have had their slot
     while True:
-        free = np.flatnonzero(jax.device_get(state.left) == 0)
+        free = np.flatnonzero(hosts.fetch(state.left) == 0)
         ended = free[owner[free] >= 0]
         if ended.size:
-            yield owner[ended], _take(jax.device_get(state.rollout), ended)
+            yield owner[ended], _take(hosts.fetch(state.rollout), ended)
             owner[ended] = -1
         count = min(admit, free.size, total - started)
         if count == 0:

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from opd_jax import hosts
 from opd_jax.config import ConfigError, write_atomic
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.types import TokenRollout
@@ -122,6 +123,16 @@ class RemoteTeacher:
         Raises:
             ConfigError: naming the file, where sequences remain unscored.
         """
+        rollout = hosts.fetch(rollout)
+        logp = np.zeros(rollout.tokens.shape, np.float32)
+
+        def ask():
+            logp[:] = self._logp(rollout, keep)
+
+        hosts.by_first(ask)
+        return LightningLabels(jnp.where(jnp.asarray(rollout.response), jnp.asarray(hosts.agreed(logp)), 0.0))
+
+    def _logp(self, rollout: TokenRollout, keep: str | Path) -> Float[np.ndarray, "B S"]:
         tokens, length = np.asarray(rollout.tokens), np.asarray(rollout.length)
         path = Path(keep) / f"unscored-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}.npz"
         logp = read_unscored(path)[1] if path.exists() else np.full(tokens.shape, np.nan, np.float32)
@@ -137,7 +148,7 @@ class RemoteTeacher:
             reason = next(iter(scored.failed.values()))
             raise ConfigError(f"{len(scored.failed)} sequences unscored ({reason}); kept in {path}: mend it and resume")
         path.unlink(missing_ok=True)
-        return LightningLabels(jnp.where(jnp.asarray(rollout.response), jnp.asarray(logp), 0.0))
+        return logp
 
     def self_test(self, tokens: Ids, expected: Float[np.ndarray, "S"] | None = None, tolerance: float = 0.02) -> float:
         """Scores one sequence twice, alone and in company, before any rollout depends on it.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from opd_jax import hosts
 from opd_jax.config import ConfigError
 from opd_jax.types import PyTree, TokenRollout
 
@@ -46,7 +47,7 @@ def label_by_task(
     Raises:
         ConfigError: a task without a teacher.
     """
-    rollout = jax.device_get(rollout)
+    rollout = hosts.fetch(rollout)
     task, found = np.asarray(rollout.task), {}
     for name in np.unique(task).tolist():
         if name not in label_fns:
@@ -54,7 +55,7 @@ def label_by_task(
         index = np.flatnonzero(task == name)
         filled = np.resize(index, len(index) + -len(index) % multiple)
         part = place(jax.tree.map(lambda leaf, filled=filled: leaf[filled], rollout))
-        found[name] = index, jax.device_get(label_fns[name](part))
+        found[name] = index, hosts.fetch(label_fns[name](part))
     indices, labels = zip(*found.values())
     return jax.tree.map(functools.partial(_together, len(task), indices), *labels)
 

@@ -30,6 +30,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Float, Int
 
+from opd_jax import hosts
 from opd_jax.config import ConfigError, checks, differences, fingerprint, to_json, write_atomic
 
 FORMAT, VERSION = "opd_jax.store", 1
@@ -203,22 +204,31 @@ def write(
 
     Args:
         make_shard: the records of a shard, a function of its index alone. Called in this thread, one shard at a time,
-            since it drives the accelerator; up to `threads` shards are encoded and written behind it.
+            since it drives the accelerator; up to `threads` shards are encoded and written behind it. Of several
+            processes of one run all make every shard, together, and the first writes.
         shards: those of this process, such as `range(process, num_shards, processes)`; None: all.
 
     Returns:
         The manifest; None while shards of other processes are missing.
     """
     writer, pending = Writer(directory, about, num_shards), []
+    missing = writer.missing
+    hosts.wait("what is missing is known")
     with ThreadPoolExecutor(threads) as pool:
-        for index in writer.missing:
+        for index in missing:
             if shards is None or index in shards:
+                records = list(make_shard(index))
                 if len(pending) >= threads:
                     pending.pop(0).result()
-                pending.append(pool.submit(writer.write_shard, index, list(make_shard(index))))
+                if hosts.first():
+                    pending.append(pool.submit(writer.write_shard, index, records))
         for future in pending:
             future.result()
-    return None if writer.missing else writer.finish()
+    hosts.wait("shards are written")
+    if writer.missing:
+        return None
+    hosts.by_first(writer.finish)
+    return load_manifest(directory)
 
 
 def encode(record: Record, dtype: str) -> bytes:

@@ -1,0 +1,125 @@
+"""One run in several processes: the same results as in one, a killed process, and resuming with another number."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opd_jax import hosts
+from opd_jax.config import ConfigError
+from opd_jax.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 4  # of the whole run
+BASE = "--config=configs/scenes_base.py:tiny"
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def start(count, *arguments):
+    """A run on four devices as `count` processes."""
+    port, flags = free_port(), f"--xla_force_host_platform_device_count={DEVICES // count}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen=false"}
+    if count == 1:
+        environments, several = [environment], []
+    else:
+        address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+        environments, several = (
+            [environment | address | {"JAX_PROCESS_ID": str(i)} for i in range(count)],
+            ["--distributed"],
+        )
+    command = [sys.executable, "experiments/main.py", *several, *map(str, arguments)]
+    return [
+        subprocess.Popen(command, cwd=ROOT, env=own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for own in environments
+    ]
+
+
+def end(processes, timeout=500):
+    """`(exit code, stdout, stderr)` of each."""
+    try:
+        return [(process.wait(timeout), *process.communicate()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run(count, *arguments):
+    ended = end(start(count, *arguments))
+    assert all(code == 0 for code, _, _ in ended), "\n".join(err[-2000:] for _, _, err in ended)
+    return ended
+
+
+def losses(workdir):
+    return {(row["stage"], row["step"]): row["loss"] for row in read_metrics(workdir) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run in one process."""
+    workdir = tmp_path_factory.mktemp("hosts") / "one"
+    run(1, BASE, f"--workdir={workdir}")
+    return workdir
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_end_as_one(whole, tmp_path, count):
+    ended = run(count, BASE, f"--workdir={tmp_path / 'run'}")
+    expected, found = losses(whole), losses(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    assert ["| " in out for _, out, _ in ended] == [True] + [False] * (count - 1), "the first alone prints"
+    for folder in (".", "stages"):
+        there = lambda workdir, folder=folder: {path.name for path in (workdir / folder).iterdir()} - {"compiled"}
+        assert there(tmp_path / "run") == there(whole)
+
+
+def test_a_killed_process_ends_the_job_and_any_number_resumes_it(whole, tmp_path):
+    workdir, stage = tmp_path / "run", '"web"'
+    processes, log = start(2, BASE, f"--workdir={workdir}"), workdir / "metrics.jsonl"
+    limit = time.time() + 300
+    while time.time() < limit and not (log.exists() and stage in log.read_text()):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    (code, _, err), _ = end(processes)
+    assert code != 0
+    assert "start all again with --resume" in err
+    run(4, BASE, f"--workdir={workdir}", "--resume")
+    expected, found = losses(whole), losses(workdir)
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_mistake_is_said_once_by_every_process(tmp_path):
+    (tmp_path / "there").write_text("")
+    for code, _, err in end(start(2, BASE, f"--workdir={tmp_path}")):
+        assert code == 2
+        assert "not empty" in err
+        assert "Traceback" not in err
+
+
+def test_what_is_missing_to_find_each_other_is_said(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match="JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID not set"):
+        hosts.initialize()
+
+
+def test_one_process_does_everything_itself():
+    done = []
+    hosts.by_first(lambda: done.append(1))
+    hosts.wait("nobody")
+    assert done == [1]
+    assert hosts.first() and not hosts.several()
+    assert hosts.agreed(3) == 3
+    with pytest.raises(ConfigError, match="mine"):
+        hosts.by_first(lambda: (_ for _ in ()).throw(ConfigError("mine")))
