@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "steps": 4000, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "decay_steps": 2000,
             "ema_decay": 0.999, "pointing": 1.0,  # weight of finding what is named in the pictures
         },
-        "eval": {"moments": 256, "seed": 1234, "steps": 48, "executed": 8},  # new moments, acted out
+        "eval": {"moments": 256, "seed": 1234, "steps": 72, "executed": 8},  # new moments, acted out
         "save_every": 500,
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": {"data": -1},

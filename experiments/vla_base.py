@@ -23,7 +23,6 @@ from opd_jax.sampling import episodes
 from opd_jax.sampling.episodes import Plan
 from opd_jax.types import ActionLabels, Method, PyTree, Weighted
 from opd_jax.worlds import tabletop, tabletop_skills
-from opd_jax.worlds.tabletop_physics import resting_on
 from opd_jax.worlds.tabletop_skills import Moment
 
 
@@ -84,11 +83,11 @@ class Shown(NamedTuple):
     """What the `states` of practice hold."""
 
     actions: Float[Array, "B T H A"]
-    aim: Float[Array, "B T C 2"]  # where in the pictures the named thing lies
+    aim: Float[Array, "B T C 2 2"]  # where in the pictures the thing and the place lie
 
 
 class Practice:
-    """A moment of practice as an environment: it succeeds when the thing is in the hand, or at its place and let go."""
+    """A moment of practice as an environment."""
 
     def step(self, moment: Moment, action) -> Moment:
         return moment._replace(state=tabletop.step(moment.state, action))
@@ -98,9 +97,7 @@ class Practice:
         return Observation(seen.images, seen.proprioception, moment.instruction)
 
     def success(self, moment: Moment) -> Array:
-        held = moment.state.held == moment.subject
-        there = resting_on(moment.state)[moment.subject] == moment.place
-        return jnp.where(moment.place < 0, held, there & ~held)
+        return tabletop_skills.done(moment.state, moment.subject, moment.place)
 
 
 PRACTICE = Practice()
@@ -112,24 +109,26 @@ def _tried(act, params, key, seeds, *, plan: Plan):
     index, horizon = jnp.arange(len(seeds)), jnp.full(len(seeds), plan.decisions * plan.executed)
     how = {"plan": plan, "horizon": horizon, "group": index, "task": index}
     played = episodes.rollout(PRACTICE, act, params, moments, rng.per_record(key, len(seeds)), **how)
-    return played.success, moments.place
+    return played.success, moments.place >= 0, moments.state.held >= 0
 
 
 def tried(config, module, params, mesh) -> dict[str, float]:
-    """Share of new moments in which the policy, by its most probable bins, picks up or puts down what is named."""
+    """Share of new moments in which the policy, by its most probable bins, does what it is told: `picked` up a thing,
+    `put` down what it held, `carried` a thing that it had to pick up first."""
     part, act = config.eval, vla_methods.act_fn(vla_methods.logits_fn(module), 0.0)
     seeds = np.random.default_rng(part.seed).integers(0, 2**32, part.moments, np.uint32)
     plan = Plan(-(-part.steps // part.executed), part.executed)
     params, seeds = sharding.replicate(params, mesh), sharding.shard_batch(seeds, mesh)
-    success, place = hosts.fetch(_tried(act, params, rng.stream(part.seed, "eval"), seeds, plan=plan))
-    return {"picked": float(success[place < 0].mean()), "put": float(success[place >= 0].mean())}
+    success, somewhere, held = hosts.fetch(_tried(act, params, rng.stream(part.seed, "eval"), seeds, plan=plan))
+    kinds = {"picked": ~somewhere, "put": held, "carried": somewhere & ~held}
+    return {name: float(success[kind].mean()) for name, kind in kinds.items() if kind.any()}
 
 
 class PracticeLabels(NamedTuple):
     """What practice is taught."""
 
     actions: ActionLabels
-    aim: Float[Array, "B T C 2"]
+    aim: Float[Array, "B T C 2 2"]
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -146,15 +145,16 @@ def practise(seeds, *, steps: int):
 
 
 def pointing(module, weight: float, own, params, rollout, labels: PracticeLabels, key) -> Weighted:
-    """`own`, the loss of the actions, and how far the first point of every camera is from the named thing."""
+    """`own`, the loss of the actions, and how far the first points of every camera are from the thing and the place."""
     out = own(params, rollout, labels.actions, key)
     seen = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rollout.observation)
-    target = labels.aim.reshape(-1, 2)
+    target = labels.aim.reshape(-1, 2, 2)
     inside = (jnp.abs(target) < 1).all(-1)
     (points,) = module.apply({"params": params}, seen, method="points")
-    missed = pointing_loss(points, target, inside).reshape(len(out.total), -1)
-    near = jnp.abs(points.place[:, 0] - target).max(-1) < 1 / 10  # a cell of a picture
-    share = (near & inside).reshape(missed.shape).sum(1) / jnp.maximum(inside.reshape(missed.shape).sum(1), 1)
+    missed = sum(pointing_loss(points, target[:, which], inside[:, which], which) for which in range(2))
+    near = jnp.abs(points.place[:, :2] - target).max(-1) < 1 / 10  # a cell of a picture
+    missed, near, inside = (part.reshape(len(out.total), -1) for part in (missed, near & inside, inside))
+    share = near.sum(1) / jnp.maximum(inside.sum(1), 1)
     metrics = {"missed": missed.mean(1), "pointed": share}
     return out._replace(
         total=out.total + weight * missed.mean(1) * out.weight,

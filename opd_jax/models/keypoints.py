@@ -92,7 +92,7 @@ class Keypoints(nn.Module):
         """One vector for an instruction, which knows the order of its words, and a camera."""
         order = self.param("word_positions", nn.initializers.normal(0.3), words.shape[1:])
         own = self.param("cameras", nn.initializers.normal(0.3), (cameras, self.channels))
-        read = nn.relu(dense(self.channels, "read")(norm("word_norm")(words) + order[None].astype(self.dtype)))
+        read = nn.relu(dense(4 * self.channels, "read")(norm("word_norm")(words) + order[None].astype(self.dtype)))
         told = dense(self.channels, "told")(jnp.where(seen[..., None], read, 0).sum(1) / 4)
         return told + jnp.tile(own, (len(words) // cameras, 1)).astype(self.dtype)
 
