@@ -2,7 +2,7 @@
 """What a hand may have practised on the table before it is shown a task: to grasp what is named, to put it down.
 
 A moment of practice is one observation and the next actions: some scene of the training split, the hand anywhere, empty
-or holding something, and a sentence such as "pick up the red cube", "place it in the basket", "put the can in the bowl".
+or holding something, and a sentence such as "pick up the red cube", "place it in the basket", "put the can on the box".
 No sentence of a task of `tabletop_tasks` is among them, no thing is told by where it lies, no drawer is moved and
 nothing is pushed.
 """
