@@ -54,6 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "learning_rate": 5e-4,  # collapses at 1.5e-3
             "warm_start": {"steps": 1_200},  # of both tasks: after composition alone it wrote no letters any more
         },
+        "judges": {},  # more rewards, by name: {"weights": {...}, "rewards": {...}} as in docs/rewards.md
         "tasks": ("composition", "ocr"),  # a prompt of this task is labelled by the teacher of this name
         "anchor": "quality",  # the teacher that holds every record by MAR
         "opd": {

@@ -133,11 +133,22 @@ def grpo_update(student: Partial, recipe) -> tuple:
     return _update(policy_gradient.grpo(student, normalize=False, **own), recipe)
 
 
-def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, recipe) -> Method:
+def grpo_method(
+    student: Partial, rewards: tuple[str, ...], update, config, recipe, judge=scene_verifiers.reward
+) -> Method:
     """A specialist's method: `rewards[task]` judges a record of that task, against its group.
 
-    `teacher_params` is the adapter it started from, to which it is held.
+    `judge(name, images, captions)` gives a reward, NaN where it is unknown. `teacher_params` is the adapter it started
+    from, to which it is held.
     """
+
+    def judged(images, task, captions):
+        reward = np.zeros(len(captions), np.float32)
+        for index, name in enumerate(rewards):
+            mine = np.flatnonzero(task == index)
+            if mine.size:
+                reward[mine] = judge(name, images[mine], [captions[i] for i in mine])
+        return reward
 
     def label(start, rollout):
         again = isinstance(rollout, SampledAgain)
@@ -145,13 +156,10 @@ def grpo_method(student: Partial, rewards: tuple[str, ...], update, config, reci
         reference = _reference_velocities(student, start, visited) if recipe[recipe.method].beta > 0 else None
         images, task = hosts.fetch((rollout.image if again else rollout.states[:, -1], rollout.task))
         captions = [scenes.caption_of(tokens) for tokens in hosts.fetch(rollout.condition)]
-        reward = np.zeros(len(captions), np.float32)
-        for index, name in enumerate(rewards):
-            mine = np.flatnonzero(task == index)
-            if mine.size:
-                reward[mine] = scene_verifiers.reward(name, images[mine], [captions[i] for i in mine])
-        reward, group = jnp.asarray(reward), jnp.asarray(hosts.fetch(rollout.group))  # one device, no collective
+        reward = jnp.asarray(hosts.from_first(lambda: judged(images, task, captions), (len(captions),)))
+        group = jnp.asarray(hosts.fetch(rollout.group))  # one device, no collective
         advantage = policy_gradient.group_advantages(reward, group, len(captions) // recipe.group)
+        reward = jnp.where(jnp.isnan(reward), jnp.nanmean(reward), reward)  # as it is logged
         advantage, reward = jax.device_put((advantage, reward), rollout.task.sharding)
         return RewardLabels(advantage, reference, reward)
 

@@ -15,6 +15,8 @@ from opd_jax.config import checks, command_line, fingerprint, versions
 from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
+from opd_jax.rewards import combination
+from opd_jax.worlds import scene_verifiers
 from opd_jax.worlds.scene_verifiers import REWARDS
 from opd_jax.worlds.scenes import TASKS
 
@@ -49,7 +51,12 @@ def validate(config, mesh) -> None:
             check(warm.steps == 0 or not uneven, uneven)
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(TASKS), f"{name}.prompts={part.prompts}: choose of {TASKS}")
-            check(set(part.rewards) <= set(REWARDS), f"{name}.rewards={part.rewards}: choose of {REWARDS}")
+            known = (*REWARDS, *config.judges)
+            check(set(part.rewards) <= set(known), f"{name}.rewards={part.rewards}: choose of {known}")
+        for name, judge in config.judges.to_dict().items():
+            check(name not in REWARDS, f"judges.{name}: is a reward of the world already; choose another name")
+            for line in combination.mistakes(judge.get("weights", {}), judge.get("rewards", {})):
+                check(False, f"judges.{name}: {line}")
         for name in config.arms:
             arm = arm_recipe(config, name)
             for key, known in ARM_CHOICES.items():
@@ -95,6 +102,8 @@ def grpo_recipe(config, part):
 def grpo_settings(config, part) -> dict:
     """What a specialist, or the mixture, depends on beside the base: the recipe that its shipped weights must match."""
     shared = {name: config[name].to_dict() for name in ("grpo", "lora", "sampler")}
+    if judges := {name: config.judges[name].to_dict() for name in part.rewards if name in config.judges}:
+        shared["judges"] = judges
     return shared | {"part": part.to_dict(), "seed": config.seed}
 
 
@@ -109,6 +118,9 @@ class Experiment:
         self.model = scenes.module(config)
         self.about = {"command": command_line()}
         self.base = self.load_base()
+        self.judges = {name: combination.Rewards(**one) for name, one in config.judges.to_dict().items()}
+        for judge in self.judges.values():
+            judge.self_test()
         backbone = sharding.replicate(self.base.params, mesh)
         self.velocity = flow_methods.adapted_velocity(self.model, config.lora.scale, backbone)
         self.updates = {}
@@ -139,6 +151,12 @@ class Experiment:
         if shared not in self.updates:
             self.updates[shared] = new(self.velocity, recipe=recipe)
         return self.updates[shared]
+
+    def judge(self, name: str, images: np.ndarray, captions: list[str]) -> np.ndarray:
+        """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges."""
+        if name not in self.judges:
+            return scene_verifiers.reward(name, images, captions)
+        return self.judges[name].label(images, captions, self.workdir / "unscored" / name).score
 
     def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):
         """Runs the loop on an adapter and returns its average over time."""
@@ -184,7 +202,7 @@ class Experiment:
         if not steps:
             return adapter
         update, optimizer = self.shared_update(recipe, flow_methods.grpo_update)
-        method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe)
+        method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe, self.judge)
         batches = scenes.prompts(part.prompts, recipe.prompts, seed, self.mesh)
         held_to, where = sharding.replicate(adapter, self.mesh), checkpoint_dir / "grpo"
         return self.train(where, stage, method, optimizer, adapter, batches, steps, seed, held_to)

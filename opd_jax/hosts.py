@@ -103,6 +103,16 @@ def by_first(do: Callable[[], Any]) -> None:
         raise ConfigError(told)
 
 
+def from_first(make: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """What the first process makes, float32 of this shape, in every process: of a server, say, that is asked once.
+
+    Raises: ConfigError in all of them where it does in the first.
+    """
+    array = np.zeros(shape, np.float32)
+    by_first(lambda: np.copyto(array, make()))
+    return agreed(array)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """The work of all processes: the first alone prints, and one that fails ends at once, so that none waits for it.

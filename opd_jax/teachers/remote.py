@@ -17,14 +17,8 @@ disk first and takes them up when the same batch comes again.
 """
 
 import hashlib
-import http.client
 import io
-import json
-import random
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,17 +32,10 @@ from opd_jax import hosts
 from opd_jax.config import ConfigError, write_atomic
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.types import TokenRollout
+from opd_jax.web import Failure, Retry, fetch, retried
 
 Ids = Sequence[int] | np.ndarray
 Entry = tuple[int | None, float | None]  # id as echoed, None where the API echoes none; log-prob, None for the first
-
-
-class Retry(NamedTuple):
-    """How long to keep trying: waits double from `first_wait` to `longest_wait` seconds, each cut by up to a half."""
-
-    attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
 
 
 class Scored(NamedTuple):
@@ -124,13 +111,8 @@ class RemoteTeacher:
             ConfigError: naming the file, where sequences remain unscored.
         """
         rollout = hosts.fetch(rollout)
-        logp = np.zeros(rollout.tokens.shape, np.float32)
-
-        def ask():
-            logp[:] = self._logp(rollout, keep)
-
-        hosts.by_first(ask)
-        return LightningLabels(jnp.where(jnp.asarray(rollout.response), jnp.asarray(hosts.agreed(logp)), 0.0))
+        logp = hosts.from_first(lambda: self._logp(rollout, keep), rollout.tokens.shape)
+        return LightningLabels(jnp.where(jnp.asarray(rollout.response), jnp.asarray(logp), 0.0))
 
     def _logp(self, rollout: TokenRollout, keep: str | Path) -> Float[np.ndarray, "B S"]:
         tokens, length = np.asarray(rollout.tokens), np.asarray(rollout.length)
@@ -168,7 +150,7 @@ class RemoteTeacher:
         tokens = [int(token) for token in tokens]
         try:
             alone, together = self._retried([tokens])[0], self._retried([tokens, tokens[:-1]])[0]
-        except _Failure as failure:
+        except Failure as failure:
             raise ConfigError(
                 f"teacher {self.url}: self-test failed, {failure}; check url, api, model, limits"
             ) from failure
@@ -195,7 +177,7 @@ class RemoteTeacher:
             return dict.fromkeys(ids, f"not sent, {self.url} is down")
         try:
             rows = self._retried([sequences[i] for i in ids])
-        except _Failure as failure:
+        except Failure as failure:
             if failure.again:
                 health.failed()
             if len(ids) == 1 or health.down:
@@ -206,39 +188,17 @@ class RemoteTeacher:
         return dict(zip(ids, rows))
 
     def _retried(self, batch: list[list[int]]) -> list[np.ndarray]:
-        for attempt in range(self.retry.attempts):
-            try:
-                return [_checked(*pair) for pair in zip(self._ask(batch), batch, strict=True)]
-            except _Failure as failure:
-                if not failure.again or attempt + 1 == self.retry.attempts:
-                    raise
-                wait = min(self.retry.longest_wait, self.retry.first_wait * 2**attempt) * random.uniform(0.5, 1)
-                time.sleep(max(wait, failure.after))
+        return retried(lambda: [_checked(*pair) for pair in zip(self._ask(batch), batch, strict=True)], self.retry)
 
     def _ask(self, batch: list[list[int]]) -> list[list[Entry]]:
         """One request: what the server says of each sequence."""
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        body = json.dumps(self._request(self.model, batch)).encode()
+        reply = fetch(self.url, self._request(self.model, batch), timeout=self.timeout, api_key=self._api_key)
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as reply:
-                content = reply.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(300).decode(errors="replace")
-            again = error.code >= 500 or error.code in (408, 425, 429)
-            after = error.headers.get("Retry-After", "0")
-            after = min(float(after), self.retry.longest_wait) if after.isdigit() else 0.0
-            raise _Failure(f"HTTP {error.code} {' '.join(said.split())}", again, after) from error
-        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-            raise _Failure(f"{type(error).__name__}: {error}") from error
-        try:
-            entries = self._entries(json.loads(content))
+            entries = self._entries(reply)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _Failure(f"a reply without log-probs ({type(error).__name__}: {error})") from error
+            raise Failure(f"a reply without log-probs ({type(error).__name__}: {error})") from error
         if len(entries) != len(batch):
-            raise _Failure(f"{len(entries)} replies to {len(batch)} sequences")
+            raise Failure(f"{len(entries)} replies to {len(batch)} sequences")
         return entries
 
 
@@ -246,14 +206,6 @@ def read_unscored(path: str | Path) -> tuple[TokenRollout, np.ndarray]:
     """What `RemoteTeacher.label` kept: the batch, and teacher log-probs [B, S] whose unscored rows are NaN."""
     with np.load(path) as file:
         return TokenRollout(*(file[name] for name in TokenRollout._fields)), file["teacher_logp"]
-
-
-class _Failure(Exception):
-    """One line on what a server did; whether to try again, and not before how many seconds."""
-
-    def __init__(self, reason: str, again: bool = True, after: float = 0.0):
-        super().__init__(reason)
-        self.again, self.after = again, after
 
 
 class _Health:
@@ -278,13 +230,13 @@ class _Health:
 def _checked(entries: list[Entry], ids: list[int]) -> Float[np.ndarray, "S"]:
     """The log-probs of a sequence, aligned: one per token, 0 for the first."""
     if len(entries) != len(ids):
-        raise _Failure(f"{len(entries)} log-probs for {len(ids)} tokens, is a token added or cut?")
+        raise Failure(f"{len(entries)} log-probs for {len(ids)} tokens, is a token added or cut?")
     for place, ((echoed, _), sent) in enumerate(zip(entries, ids)):
         if echoed not in (None, sent):
-            raise _Failure(f"the server scored token {echoed} at {place} where {sent} was sent")
+            raise Failure(f"the server scored token {echoed} at {place} where {sent} was sent")
     logp = np.array([0.0, *(np.nan if logp is None else logp for _, logp in entries[1:])], np.float32)
     if not (np.isfinite(logp) & (logp < 1e-3)).all():
-        raise _Failure(f"a log-prob of {logp[~(logp < 1e-3) | ~np.isfinite(logp)][0]}")
+        raise Failure(f"a log-prob of {logp[~(logp < 1e-3) | ~np.isfinite(logp)][0]}")
     return logp
 
 

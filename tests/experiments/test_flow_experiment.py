@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import threading
+import types
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from opd_jax.checkpoint import load_params
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
 from opd_jax.models import lora
+from opd_jax.rewards import combination, serve
 
 NAMES = ("base", *experiment.grpo_parts(flow_opd.get_config()))
 
@@ -211,6 +214,63 @@ def test_a_specialist_is_held_to_where_it_started(form):
             assert (start == start[:, :1]).all(), "a group begins at one noise"
             assert len(np.unique(start[:, 0, 0, 0, 0])) == len(start), "another group at another"
     assert distances[0] < 1e-3 * distances[1]
+
+
+def test_a_specialist_may_be_judged_by_a_server(monkeypatch, tmp_path):
+    """Its rewards are those that the server gives; an unknown one has no advantage and leaves the metrics finite."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    asked = []
+
+    def scorer(images, prompts, metadata):
+        asked.extend(prompts)
+        return ["unknown" if i == 0 and len(images) > 1 else float(image.mean()) for i, image in enumerate(images)]
+
+    server = serve.Server(scorer, name="mean", version="1")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    _, _, batch, (teachers, _), velocity = pieces(1)
+    config = flow_opd.get_config("tiny").copy_and_resolve_references()
+    part = {"kind": "http", "url": f"http://127.0.0.1:{server.server_port}", "batch_size": 64, "patience": 0}
+    with config.unlocked():
+        config.judges.mean = {"weights": {"a": 1.0, "b": 1.0}, "rewards": {"a": part, "b": part}}
+        config.teachers.ocr.rewards = ("mean",)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    experiment.validate(config, mesh)
+    part = config.teachers.ocr
+    settings = experiment.grpo_settings(config, part)
+    assert settings["judges"]["mean"]["weights"] == {"a": 1.0, "b": 1.0}
+    assert "judges" not in experiment.grpo_settings(config, config.teachers.composition)
+    recipe = experiment.grpo_recipe(config, part)
+    update, optimizer = flow_methods.grpo_update(velocity, recipe)
+    stub = types.SimpleNamespace(judges={"mean": combination.Rewards(**config.judges.mean.to_dict())}, workdir=tmp_path)
+    judge = functools.partial(experiment.Experiment.judge, stub)
+    method = flow_methods.grpo_method(velocity, ("mean", "mean"), update, config, recipe, judge)
+    rollout = method.sample(teachers[0], batch, rng.stream(0, "sample"))
+    labels = method.label(teachers[0], rollout)
+    server.shutdown()
+    server.server_close()
+    state = optim.init_state(teachers[0], optimizer)
+    _, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
+    assert np.isfinite(jax.device_get(list(metrics.values()))).all()
+    pictures = combination.to_uint8(np.asarray(rollout.image))
+    task = np.asarray(rollout.task)
+    known = np.array([i != np.flatnonzero(task == task[i])[0] for i in range(len(task))])
+    reward = 2 * pictures.mean((1, 2, 3), dtype=np.float64)
+    np.testing.assert_allclose(np.asarray(labels.reward)[known], reward[known], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(labels.reward)[~known], reward[known].mean(), rtol=1e-5)
+    assert (np.asarray(labels.advantage)[~known] == 0).all()
+    assert sorted(asked) == sorted(2 * [scenes.scenes.caption_of(tokens) for tokens in np.asarray(rollout.condition)])
+    with config.unlocked():
+        config.judges.mean.weights.c = 1.0
+        config.judges.ocr = {"weights": {}, "rewards": {}}
+        config.teachers.ocr.rewards = ("nobody",)
+    with pytest.raises(ConfigError) as error:
+        experiment.validate(config, mesh)
+    for match in (
+        "judges.mean: weights.c: there is no such reward",
+        "judges.ocr: is a reward of the world",
+        "'nobody'",
+    ):
+        assert match in str(error.value)
 
 
 def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
