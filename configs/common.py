@@ -66,6 +66,10 @@ def language_experiment() -> ConfigDict:
         "only": (),  # names of arms, such as ('a', 'b'); (): all
         "allow_inconsistent_teacher": False,  # True: run arms whose labels are not of the teacher that wrote SFT data
         "student": {"path": "", "layers": 0},  # a Hugging Face directory; "": shipped, of `layers` random ones if not 0
+        "compute": {  # of models from directories; parameters that are trained are float32 in any case
+            "dtype": "float32",  # of products and of the cache; or bfloat16
+            "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
+        },
         "teachers": {
             "own": {"path": "", "layers": 0, "url": "", "api": "vllm", "served_model": ""},
             "other": {"path": "", "layers": 0, "url": "", "api": "vllm", "served_model": ""},

@@ -61,6 +61,7 @@ def _paper(config: ConfigDict) -> None:
     """
     config.fsdp = True
     config.mesh = {"data": -1, "model": 4}  # ours, for 64 chips: docs/scale.md
+    config.compute.update({"dtype": "bfloat16", "remat": True})  # ours
     config.problems.update(
         {
             "path": "problems.jsonl",  # DAPO-Math-17k

@@ -37,6 +37,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "seeds": (0,),
         "only": MAIN if variant in ("default", "seeds") else (),  # names of arms, such as ('a', 'b'); (): all
         "student": {"path": ""},  # a Hugging Face directory; "": the embedded world's
+        "compute": {  # of models from directories; parameters that are trained are float32 in any case
+            "dtype": "float32",  # of products and of the cache; or bfloat16
+            "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
+        },
         "teachers": {},  # NAME: as TEACHER, where problems.path is given
         "problems": {
             "path": "",  # a JSONL file; "": the embedded world's
@@ -144,6 +148,7 @@ def _paper(config: ConfigDict) -> None:
     Give `student.path`, `teachers.mathematics.path`, `teachers.code.path`, `problems.path` and `eval.path`. What
     neither states is marked as ours.
     """
+    config.compute.update({"dtype": "bfloat16", "remat": True})  # ours
     config.teachers = {name: dict(TEACHER) for name in ("mathematics", "code")}
     config.verifiers = {"mathematics": "maths"}
     config.settings = {"multi": {"mathematics": "mathematics", "code": "code"}}

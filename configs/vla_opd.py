@@ -1,7 +1,8 @@
 """VLA-OPD (arXiv:2603.26666): a robot policy learns on its own episodes what an expert would have done at every state.
 
     python experiments/main.py --config=configs/vla_opd.py          # the tabletop's four suites
-    python experiments/main.py --config=configs/vla_opd.py:seeds    # three seeds
+    python experiments/main.py --config=configs/vla_opd.py:full     # and every other arm
+    python experiments/main.py --config=configs/vla_opd.py:seeds    # the default's arms, three seeds
     python experiments/main.py --config=configs/vla_opd.py:tiny     # every kind of arm, a step or two
 
 The student begins with one demonstration of each task. Its teacher is the tabletop's scripted expert, as a distribution
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("default", "tiny", "seeds")
+VARIANTS = ("default", "tiny", "seeds", "full")
+MAIN = ("vla_opd", "forward_kl", "dagger", "sft_many", "grpo", "opd_then_grpo")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -20,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict({
         "experiment": "vla",
         "seeds": (0,),
-        "only": (),  # names of arms, such as ('a', 'b'); (): all
+        "only": MAIN if variant in ("default", "seeds") else (),  # names of arms, such as ('a', 'b'); (): all
         "suites": ("spatial", "object", "goal", "long"),
         "held_out": ("object/8", "object/9", "spatial/8", "spatial/9"),  # tasks that only the first SFT has seen
         "base": "shipped",  # a policy that has practised, by configs/vla_base.py; or your file of one; "": a random one
@@ -30,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "floor": 0.01,  # share of it that lies on all bins alike, so that no mistake costs hundreds of nats
         "demonstrations": {"few": 1, "many": 20, "seed": 7},  # of each task
         "sft": {  # the student, and the baselines that learn from demonstrations
-            "steps": 600, "batch_size": 64, "learning_rate": 1e-3, "warmup": 20, "decay_steps": 300,
+            "steps": 300, "batch_size": 64, "learning_rate": 1e-3, "warmup": 20, "decay_steps": 150,
             "weight_decay": 0.0, "micro_batches": 1, "ema_decay": 0.0,
         },
         "opd": {  # of every arm, if it says nothing else
@@ -41,14 +43,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "objective": "reverse_kl",  # reverse_kl, forward_kl, hard_cross_entropy, sampled
             "temperature": 1.0,  # of the student, in episodes and in the loss
             "teacher_temperature": 1.0,
-            "steps": 30,
-            "batch_size": 16,  # initial states
+            "steps": 80,
+            "batch_size": 4,  # initial states, of tasks of one horizon
             "group": 4,  # episodes of each
             "learning_rate": 5e-4,
             "warmup": 2,
-            "decay_steps": 10,
+            "decay_steps": 30,
             "weight_decay": 0.0,
-            "micro_batches": 4,
+            "micro_batches": 1,
             "ema_decay": 0.0,
         },
         "arms": {
@@ -60,8 +62,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "grpo": {"method": "grpo"},
             "opd_then_grpo": {"method": "grpo", "start": "vla_opd"},
             "flow": {"head": "flow"},
-            "group_1": {"batch_size": 64, "group": 1},  # as many episodes
-            "group_8": {"batch_size": 8, "group": 8},
+            "group_1": {"batch_size": 16, "group": 1},  # as many episodes
+            "group_8": {"batch_size": 2, "group": 8},
         },
         "eval": {"episodes": 4, "seed": 1234},  # of each task, in scenes of the test split, the most probable bins
         "save_every": 10,

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,8 +178,26 @@ def read_problems(path: str, tokenizer, template: str, chat: bool, room: int, li
     return problems
 
 
-def load_directory(directory: str, mesh) -> tuple[Decoder, PyTree]:
-    return load_decoder(directory, mesh=mesh, dtype=jnp.float32 if jax.default_backend() == "cpu" else None)
+def load_directory(directory: str, mesh, compute, trained: bool = False) -> tuple[Decoder, PyTree]:
+    """A model of a Hugging Face directory, which computes as the config's `compute` says."""
+    module, params = load_decoder(directory, mesh=mesh, dtype=kept_in(trained))
+    return computing(module, compute, trained), params
+
+
+def kept_in(trained: bool) -> Any:
+    """The data type of parameters in memory: float32 of what is trained, for steps of a rate of 1e-6 would be lost in
+    bfloat16's eight bits; None, as stored, of the rest, where the device multiplies that."""
+    return jnp.float32 if trained or jax.default_backend() == "cpu" else None
+
+
+def computing(module: Decoder, compute, trained: bool) -> Decoder:
+    """The same with the config's `compute`: the data type of products and, where it is trained, recomputed blocks."""
+    return module.clone(dtype=jnp.dtype(compute.dtype), remat=bool(compute.remat and trained))
+
+
+def check_compute(check, compute) -> None:
+    known = ("float32", "bfloat16")
+    check(compute.dtype in known, f"compute.dtype={compute.dtype!r}: choose {' or '.join(known)}")
 
 
 # ---- sampling and scoring --------------------------------------------------------------------------------------------

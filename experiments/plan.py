@@ -34,12 +34,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to plan for, such as v5p:4x4x4, v6e:2x2 or h100:8.")
 _STUDENT = flags.DEFINE_string("student", "", "A public name, such as qwen3-8b, or a directory; default the config's.")
 _TEACHER = flags.DEFINE_string("teacher", "", "As --student.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Of products and cache; runs use float32.")
-_REMAT = flags.DEFINE_bool("remat", False, "Recompute blocks in the backward pass; runs do not.")
 _STORED = flags.DEFINE_integer("stored", 0, "Problems of an offline arm's store; default those of the config.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes and micro_batches, and list those that fit by time.")
 _STEPS = flags.DEFINE_list("steps", [], "Names of steps to plan alone, such as label,update; a run's hours are theirs.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour.")
+
+
+REMAT = "--config.compute.remat=True"
 
 
 class Priced(NamedTuple):
@@ -158,7 +159,7 @@ def summary(steps: list[Priced], devices: int, price: float) -> str:
 
 def setup_of(config, mesh) -> plan_steps.Setup:
     models = plan_models.student_and_teacher(config, _variant(), _STUDENT.value, _TEACHER.value)
-    return plan_steps.Setup(config, mesh, *models, _DTYPE.value, _REMAT.value)
+    return plan_steps.Setup(config, mesh, *models)
 
 
 def _variant() -> str:
@@ -190,12 +191,12 @@ def plan_run(config, where: Topology) -> bool:
 
 def heading(setup: plan_steps.Setup, where: Topology) -> str:
     count = lambda name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.params[name])) / 1e9
-    kind = jax.tree.leaves(setup.params["student"])[0].dtype
+    kind = lambda name: jax.tree.leaves(setup.params[name])[0].dtype
     sizes = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
     lines = [
         f"{len(where.devices)} x {where.chip.name}, mesh {sizes}",
-        f"student {count('student'):.3g} B parameters, teacher {count('teacher'):.3g} B, {kind}; "
-        f"products in {_DTYPE.value}, remat {_REMAT.value}",
+        f"student {count('student'):.3g} B parameters, {kind('student')}; teacher {count('teacher'):.3g} B, "
+        f"{kind('teacher')}; products in {setup.config.compute.dtype}, remat {setup.config.compute.remat}",
         f"prompts of {setup.room} tokens, answers of {setup.longest}: the most there can be",
     ]
     if not where.exact:
@@ -229,7 +230,7 @@ def search(config, where: Topology) -> bool:
                     found.append(row | {"peak GiB": round(peak, 2), "hours": float(f"{hours(done):.3g}")})
                 break  # fewer parts read the parameters less often: the first that fits is the fastest
     found.sort(key=lambda row: row["hours"])
-    print(report.format_table(found) if found else "nothing fits: take more chips, shorter answers or --remat")
+    print(report.format_table(found) if found else f"nothing fits: take more chips, shorter answers or {REMAT}")
     return bool(found)
 
 

@@ -35,16 +35,18 @@ class Step(NamedTuple):
 class Setup:
     """Models as shapes on a mesh."""
 
-    def __init__(self, config, mesh, student: Decoder, teacher: Decoder, shipped: bool, dtype: str, remat: bool):
+    def __init__(self, config, mesh, student: Decoder, teacher: Decoder, shipped: bool):
         self.config, self.mesh = config, mesh
-        student, teacher = (one.clone(dtype=jnp.dtype(dtype)) for one in (student, teacher))
-        self.float32 = jnp.dtype(dtype) == jnp.float32
-        self.modules = {"student": student.clone(remat=remat), "teacher": teacher}
-        stored = jnp.float32 if shipped else jnp.bfloat16
-        self.params = {name: self.place(shapes_of(module, stored)) for name, module in self.modules.items()}
+        self.float32 = config.compute.dtype == "float32"
+        self.modules = {
+            "student": language.computing(student, config.compute, trained=True),
+            "teacher": language.computing(teacher, config.compute, trained=False),
+        }
+        kept = {"student": jnp.float32, "teacher": jnp.float32 if shipped else jnp.bfloat16}
+        self.params = {name: self.place(shapes_of(module, kept[name])) for name, module in self.modules.items()}
         vocab = min(student.vocab_size, teacher.vocab_size)
         self.student, self.teacher = (language.functions(module, vocab) for module in self.modules.values())
-        self.start = 0 if shipped else bytes_of(self.place(shapes_of(student, stored), split=True))
+        self.start = 0 if shipped else bytes_of(self.place(shapes_of(student, jnp.float32), split=True))
         self.room, self.longest = config.problems.prompt_tokens, config.sampler.max_new_tokens
         self.how = sampling_params(config.sampler, self.longest, (0,), 0)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import stages
+from experiments import language, stages
 from experiments.reasoning_stages import Experiment, Scored, arm_recipe, sampling_params
 from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
@@ -32,6 +32,7 @@ LOGGED = (
 def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     with checks() as check:
+        language.check_compute(check, config.compute)
         problems, embedded = config.problems, not config.problems.path
         for name, part in {"student": config.student, **config.teachers}.items():
             key = name if name == "student" else f"teachers.{name}"

@@ -102,13 +102,14 @@ class Experiment:
             "opd": read(part.path, limit=part.count or None),
             "eval": read(config.eval.path, limit=config.eval.problems or None),
         }
-        self.module, self.start = language.load_directory(config.student.path, self.mesh)
+        self.module, self.start = language.load_directory(config.student.path, self.mesh, config.compute, trained=True)
         self.start_sha = params_sha256(self.start)
         self.student = language.functions(self.module, self.language.vocab_size)
         self.teachers = {}
         for name, one in config.teachers.items():
             if one.path:
-                self.teachers[name] = self.local_teacher(name, *language.load_directory(one.path, self.mesh))
+                loaded = language.load_directory(one.path, self.mesh, config.compute)
+                self.teachers[name] = self.local_teacher(name, *loaded)
 
     def local_teacher(self, name: str, module, params) -> Teacher:
         model = language.functions(module, self.language.vocab_size)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from configs import domains_models as models_config
-from experiments import domains, uni_setup
+from experiments import domains, language, uni_setup
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from experiments.uni_stages import Experiment, order_violations
 from opd_jax import metrics, report, sharding
@@ -33,6 +33,7 @@ def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     embedded = not config.problems.path
     with checks() as check:
+        language.check_compute(check, config.compute)
         if embedded:
             check_world(check, config)
         else:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
@@ -18,7 +17,7 @@ from opd_jax import rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.models.decoder import Decoder
-from opd_jax.models.hf import check_same_tokenizer, load_decoder, load_vlm
+from opd_jax.models.hf import check_same_tokenizer, load_vlm
 from opd_jax.models.vlm import VLM
 from opd_jax.teachers.remote import RemoteTeacher
 from opd_jax.teachers.routing import check_routes
@@ -81,7 +80,7 @@ def of_directories(config, mesh) -> Setup:
         if not teacher.get("url"):
             check_same_tokenizer(directory, teacher.path)
     tokenizer = language.load_tokenizer(directory)
-    module, params = load_directory(directory, mesh, part.images)
+    module, params = load_directory(directory, mesh, part.images, config.compute, trained=True)
     read = multimodal.Reader(tokenizer, module, part, dict(config.verifiers))
     problems = read(part.path, part.count or None)
     held_out = read(config.eval.path, config.eval.problems or None)
@@ -100,7 +99,7 @@ def of_directories(config, mesh) -> Setup:
     def load(name: str) -> Model:
         teacher = config.teachers[name]
         if not teacher.get("url"):
-            return bind(*load_directory(teacher.path, mesh, part.images))
+            return bind(*load_directory(teacher.path, mesh, part.images, config.compute))
         taught = {domain for setting in config.settings.values() for domain, who in setting.items() if who == name}
         ids = [ids for ids, task in zip(problems.ids, problems.tasks) if names[task] in taught]
         return served(name, teacher, ids, own.vocab_size)
@@ -121,14 +120,14 @@ def served(name: str, part, asked: Sequence[np.ndarray], vocab_size: int) -> Mod
     return Model(None, None, fingerprint({"url": part.url, "model": part.get("served_model", "")}), None, server)
 
 
-def load_directory(directory: str, mesh, images: int):
+def load_directory(directory: str, mesh, images: int, compute, trained: bool = False):
     """A text or vision-language model, whichever the directory holds, for so many `images` a prompt."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else None
     kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
     if kind != "qwen3_vl":
-        return load_decoder(directory, mesh=mesh, dtype=dtype)
-    module, params = load_vlm(directory, mesh=mesh, dtype=dtype)
-    return module.clone(images_per_row=images), params
+        return language.load_directory(directory, mesh, compute, trained)
+    module, params = load_vlm(directory, mesh=mesh, dtype=language.kept_in(trained))
+    text = language.computing(module.language_model, compute, trained)  # the tower computes as it does
+    return module.clone(images_per_row=images, language_model=text), params
 
 
 def _with_ids_of(functions: LanguageModel, ours: int, theirs: int) -> LanguageModel:

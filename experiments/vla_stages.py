@@ -13,6 +13,7 @@ from opd_jax import data, hosts, rng, sharding
 from opd_jax.config import command_line
 from opd_jax.metrics import read_metrics
 from opd_jax.sampling.episodes import Plan
+from opd_jax.types import EpisodeRollout
 from opd_jax.worlds import tabletop
 
 NAMES = {task.name: i for i, task in enumerate(tabletop.TASKS)}
@@ -54,20 +55,28 @@ class Experiment:
 
     def demonstrations(self, tasks, count: int) -> Demonstrations:
         """`count` successful episodes of each task; where the expert fails, another scene is tried."""
-        found, missing, attempt = [], dict.fromkeys(tasks, count), 0
+        found, missing, seed = [], dict.fromkeys(tasks, count), self.config.demonstrations.seed
         while any(missing.values()):
-            asked = [task for task, left in missing.items() for _ in range(left)]
-            starts = self.starts(asked, self.config.demonstrations.seed + attempt, pad=True)
-            key = rng.stream(self.config.demonstrations.seed + attempt, "demonstrations")
-            steps = int(vla_methods.HORIZONS[tasks].max())
-            rollout = hosts.fetch(vla_methods.demonstrate(starts, key, steps))
-            wanted = np.arange(len(starts.task)) < len(asked)  # the rest is padding
-            rollout = rollout._replace(states=None, success=np.where(wanted, rollout.success, 0))
+            asked = [task for task, left in missing.items() for _ in range(left)][: self.at_once]
+            rollout = self.expert_episodes(asked, seed, "demonstrations", "train")
             found.append(vla_methods.as_demonstrations(rollout, self.config.policy.horizon))
             for task, good in zip(asked, rollout.success):
                 missing[task] -= int(good)
-            attempt += 1
+            seed += 1
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    @property
+    def at_once(self) -> int:
+        """Episodes of the expert: always as many, for one program."""
+        return len(self.tasks) * self.config.eval.episodes
+
+    def expert_episodes(self, asked, seed: int, stream: str, split: str) -> EpisodeRollout:
+        """Of these tasks, at most `at_once`; numpy arrays. Rows beyond are padding, and no successes."""
+        starts = self.starts(np.resize(np.asarray(asked), self.at_once), seed, pad=True)
+        steps = int(vla_methods.HORIZONS[self.tasks].max())
+        rollout = hosts.fetch(vla_methods.demonstrate(starts, rng.stream(seed, stream), steps, split))
+        wanted = np.arange(len(rollout.success)) < len(asked)
+        return rollout._replace(states=None, success=np.where(wanted, rollout.success, 0))
 
     def starts(self, tasks, seed: int, pad: bool = False) -> Starts:
         """One scene for each entry of `tasks`; padded by repetition to what the devices divide, where asked."""
@@ -130,11 +139,12 @@ class Experiment:
         return self.train(stage, recipe, seed, before.params, method, batches, {}, *upstream, teacher_params=frozen)
 
     def scenes(self, recipe, seed: int):
-        """Endless batches of initial states, each of one suite, so that its episodes are of one length."""
-        suites = [self.seen_of(suite) for suite in self.config.suites]
+        """Endless batches of initial states, each of tasks of one horizon; every task is drawn as often."""
+        horizons = vla_methods.HORIZONS[self.seen]
+        alike = {horizon: np.asarray(self.seen)[horizons == horizon] for horizon in horizons.tolist()}
 
         def draw(generator: np.random.Generator):
-            tasks = generator.choice(suites[generator.integers(len(suites))], recipe.batch_size)
+            tasks = generator.choice(alike[int(generator.choice(horizons))], recipe.batch_size)
             return {"seed": generator.integers(0, 2**32, recipe.batch_size, np.uint32), "task": np.int32(tasks)}
 
         def place(batch):
@@ -148,14 +158,14 @@ class Experiment:
 
     def success(self, params, head: str) -> dict[int, float]:
         """Share of episodes of the test split that each task ends in success; of the expert, where `head` is that."""
-        part, params = self.config.eval, sharding.replicate(params, self.mesh)
-        asked = np.repeat(self.tasks, part.episodes)
-        starts, key = self.starts(asked, part.seed, pad=True), rng.stream(part.seed, "eval")
+        part, asked = self.config.eval, np.repeat(self.tasks, self.config.eval.episodes)
         if head == "expert":
-            played = vla_methods.demonstrate(starts, key, int(vla_methods.HORIZONS[self.tasks].max()), "test")
+            played = self.expert_episodes(asked, part.seed, "eval", "test")
         else:
+            starts, key = self.starts(asked, part.seed, pad=True), rng.stream(part.seed, "eval")
             plan = self.plan._replace(decisions=vla_methods.decisions_of(self.tasks, self.plan.executed))
-            played = vla_methods.play(self.policies[head].greedy, params, starts, key, Acting(plan, split="test"))
+            acting, params = Acting(plan, split="test"), sharding.replicate(params, self.mesh)
+            played = vla_methods.play(self.policies[head].greedy, params, starts, key, acting)
         good = hosts.fetch(played.success)[: len(asked)].reshape(len(self.tasks), part.episodes)
         return dict(zip(self.tasks, good.mean(1)))
 

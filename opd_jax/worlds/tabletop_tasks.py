@@ -124,7 +124,7 @@ def _tasks() -> tuple[Task, ...]:
              (Goal(ON, 0, BASKET_AT), Goal())) for i, (name, _, _) in enumerate(GOODS)
     ]  # fmt: skip
     goal = [
-        Task(f"goal/{i}", "goal", words, 110 if what.relation == INSIDE else 70, (what, Goal()))
+        Task(f"goal/{i}", "goal", words, 150 if what.relation == INSIDE else 70, (what, Goal()))
         for i, (words, what) in enumerate(_GOALS)
     ]
     long = [

@@ -25,8 +25,9 @@ def tiny(only, mesh, **arm):
 
 def setup(config, where, **changes):
     models = plan_models.student_and_teacher(config, "tiny", "", "")
-    settings = {"dtype": "float32", "remat": False} | changes
-    return plan_steps.Setup(config, sharding.make_mesh(dict(config.mesh), where.devices), *models, **settings)
+    with config.unlocked():
+        config.compute.update(changes)
+    return plan_steps.Setup(config, sharding.make_mesh(dict(config.mesh), where.devices), *models)
 
 
 def cpus(count, memory=1e9):

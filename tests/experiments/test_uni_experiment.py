@@ -162,7 +162,7 @@ def test_a_served_teacher_labels_as_the_same_one_in_this_process(mine, tmp_path,
     monkeypatch.delenv("http_proxy", raising=False)
     text = [line for line in (mine / "problems.jsonl").read_text().splitlines() if "mathematics" in line]
     (tmp_path / "text.jsonl").write_text("\n".join(text))
-    module, params = uni_setup.load_directory(str(mine / "teacher"), None, 0)
+    module, params = uni_setup.load_directory(str(mine / "teacher"), None, 0, directories(mine).compute)
     bank, losses = domains.bank_of([]), {}
     with serving(lambda tokens: module.apply({"params": params}, tokens, bank)[..., : len(world.WORDS)]) as url:
         for name, part in {"here": {"path": str(mine / "teacher")}, "served": {"path": "", "url": url}}.items():
@@ -203,7 +203,7 @@ def test_a_wrong_line_is_named(mine, tmp_path, line, message):
     (tmp_path / "wrong.jsonl").write_text(json.dumps(line))
     config = directories(mine)
     tokenizer = language.load_tokenizer(config.student.path)
-    module, _ = uni_setup.load_directory(config.student.path, None, 1)
+    module, _ = uni_setup.load_directory(config.student.path, None, 1, config.compute)
     read = multimodal.Reader(tokenizer, module, config.problems, config.verifiers.to_dict())
     with pytest.raises(ConfigError, match=message):
         read(str(tmp_path / "wrong.jsonl"), None)
