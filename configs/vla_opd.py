@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "floor": 0.01,  # share of it that lies on all bins alike, so that no mistake costs hundreds of nats
         "demonstrations": {"few": 1, "many": 20, "seed": 7},  # of each task
         "sft": {  # the student, and the baselines that learn from demonstrations
-            "steps": 300, "batch_size": 64, "learning_rate": 1e-3, "warmup": 20, "decay_steps": 150,
+            "steps": 200, "batch_size": 64, "learning_rate": 3e-4, "warmup": 20, "decay_steps": 100,
             "weight_decay": 0.0, "micro_batches": 1, "ema_decay": 0.0,
         },
         "opd": {  # of every arm, if it says nothing else

@@ -45,10 +45,11 @@ def start(count, *arguments):
     ]
 
 
-def end(processes, timeout=500):
+def end(processes, timeout=900):
     """`(exit code, stdout, stderr)` of each."""
     try:
-        return [(process.wait(timeout), *process.communicate()) for process in processes]
+        said = [process.communicate(timeout=timeout) for process in processes]
+        return [(process.returncode, *both) for process, both in zip(processes, said)]
     finally:
         for process in processes:
             process.kill()
