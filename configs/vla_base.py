@@ -20,6 +20,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "steps": 4000, "batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "decay_steps": 2000,
             "ema_decay": 0.999, "pointing": 1.0,  # weight of finding what is named in the pictures
         },
+        "again": {  # from there on, with empty hands that are closed too, as after a grasp that has missed
+            "steps": 1200, "batch_size": 64, "learning_rate": 1e-3, "warmup": 50, "decay_steps": 600,
+            "ema_decay": 0.995, "pointing": 1.0, "closed": 0.5,  # share of the empty hands
+        },
         "eval": {"moments": 256, "seed": 1234, "steps": 72, "executed": 8},  # new moments, acted out
         "save_every": 500,
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
@@ -27,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     })  # fmt: skip
     if variant == "tiny":
         config.update({"save_every": 1, "compile_quickly": True})
-        config.practice.update({"steps": 2, "batch_size": 8, "warmup": 0, "decay_steps": 1})
+        for phase in (config.practice, config.again):
+            phase.update({"steps": 2, "batch_size": 8, "warmup": 0, "decay_steps": 1})
         config.eval.update({"moments": 8, "steps": 8})
     return config.lock()

@@ -41,13 +41,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "teacher": "expert",  # or an arm, whose policy labels
             "start": "",  # an arm that it goes on from; "": the student
             "objective": "reverse_kl",  # reverse_kl, forward_kl, hard_cross_entropy, sampled
-            "temperature": 1.0,  # of the student, in episodes and in the loss
+            "acting_temperature": 0.3,  # of the student in its episodes; and in GRPO's loss
+            "temperature": 1.0,  # of the student in the loss of distillation
             "teacher_temperature": 1.0,
             "steps": 80,
             "batch_size": 4,  # initial states, of tasks of one horizon
             "group": 4,  # episodes of each
-            "learning_rate": 5e-4,
-            "warmup": 2,
+            "learning_rate": 2e-4,
+            "warmup": 5,
             "decay_steps": 30,
             "weight_decay": 0.0,
             "micro_batches": 1,
@@ -57,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "vla_opd": {},
             "forward_kl": {"objective": "forward_kl"},
             "dagger": {"objective": "hard_cross_entropy"},
-            "sampled": {"objective": "sampled"},
+            "sampled": {"objective": "sampled", "acting_temperature": 1.0},
             "sft_many": {"method": "sft"},
             "grpo": {"method": "grpo"},
             "opd_then_grpo": {"method": "grpo", "start": "vla_opd"},

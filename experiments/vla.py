@@ -65,8 +65,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     teachers = [other for other, its in alike.items() if its.teacher == EXPERT and its.head == "bins"]
     taught = arm.teacher == EXPERT or (arm.teacher in teachers and arm.head == "bins" and arm.teacher != name)
     check(taught, f"teacher={arm.teacher!r} (arm {name}): choose {EXPERT} or an arm over bins, {', '.join(teachers)}")
-    hot = arm.temperature > 0 and arm.teacher_temperature > 0
-    check(hot, f"temperature={arm.temperature}, teacher_temperature={arm.teacher_temperature} (arm {name}): above 0")
+    for key in ("acting_temperature", "temperature", "teacher_temperature"):
+        check(arm[key] > 0, f"{key}={arm[key]} (arm {name}): give a number above 0")
     alone = arm.method == "grpo" and arm.group < 2
     check(not alone, f"group={arm.group} (arm {name}): GRPO compares episodes of one initial state; give 2 or more")
     uneven = sharding.uneven(arm.batch_size, mesh, f"batch_size of arm {name}")

@@ -70,8 +70,10 @@ def recipe_of(config) -> str:
 
 def validate(config, mesh) -> None:
     with checks() as check:
-        uneven = sharding.uneven(config.practice.batch_size, mesh, "practice.batch_size")
-        check(not uneven, uneven)
+        for phase in ("practice", "again"):
+            uneven = sharding.uneven(config[phase].batch_size, mesh, f"{phase}.batch_size")
+            check(not uneven, uneven)
+        check(0 <= config.again.closed <= 1, f"again.closed={config.again.closed}: a share, from 0 to 1")
         uneven = sharding.uneven(config.eval.moments, mesh, "eval.moments")
         check(not uneven, uneven)
         executed, most = config.eval.executed, config.policy.horizon
@@ -115,7 +117,7 @@ def _tried(act, params, key, seeds, *, plan: Plan):
 def tried(config, module, params, mesh) -> dict[str, float]:
     """Share of new moments in which the policy, by its most probable bins, does what it is told: `picked` up a thing,
     `put` down what it held, `carried` a thing that it had to pick up first."""
-    part, act = config.eval, vla_methods.act_fn(vla_methods.logits_fn(module), 0.0)
+    part, act = config.eval, vla_methods.greedy(vla_methods.logits_fn(module))
     seeds = np.random.default_rng(part.seed).integers(0, 2**32, part.moments, np.uint32)
     plan = Plan(-(-part.steps // part.executed), part.executed)
     params, seeds = sharding.replicate(params, mesh), sharding.shard_batch(seeds, mesh)
@@ -131,10 +133,10 @@ class PracticeLabels(NamedTuple):
     aim: Float[Array, "B T C 2 2"]
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def practise(seeds, *, steps: int):
+@functools.partial(jax.jit, static_argnames=("steps", "closed"))
+def practise(seeds, *, steps: int, closed: float = 0.0):
     """Moments of practice as episodes of one decision."""
-    moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed)))(seeds)
+    moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed), closed))(seeds)
     seen = jax.vmap(tabletop.observe)(moments.state)
     observation = Observation(seen.images, seen.proprioception, moments.instruction)
     actions = jax.vmap(functools.partial(tabletop_skills.chunk, steps=steps))(moments)
@@ -162,8 +164,8 @@ def pointing(module, weight: float, own, params, rollout, labels: PracticeLabels
     )
 
 
-def method_of(config, module) -> tuple:
-    recipe = config.practice
+def method_of(config, module, recipe) -> tuple:
+    """The method of a phase, and its optimiser."""
     optimizer = optim.adamw(
         recipe.learning_rate, warmup=recipe.warmup, decay=(recipe.steps, recipe.decay_steps), weight_decay=0.0
     )
@@ -180,20 +182,29 @@ def method_of(config, module) -> tuple:
             ActionLabels(action_tokens.expert_logits(rollout.states.actions, config.sigma)), rollout.states.aim
         )
 
-    sample = lambda _, batch, key: practise(batch["seed"], steps=module.horizon)
+    closed = recipe.get("closed", 0.0)
+    sample = lambda _, batch, key: practise(batch["seed"], steps=module.horizon, closed=closed)
     return Method(sample, lambda _, rollout: label(rollout), update), optimizer
 
 
 def make(config, mesh, workdir) -> stages.Made:
-    module, recipe = module_of(config.policy), config.practice
+    """Practice with open hands, and then with hands that may have missed."""
+    module = module_of(config.policy)
     start = jax.jit(module.init)(rng.stream(config.seed, "policy"), first_observation())["params"]
     draw = lambda generator: {"seed": generator.integers(0, 2**32, dtype=np.uint32)}
-    batches = data.batches(draw, recipe.batch_size, config.seed, functools.partial(sharding.shard_batch, mesh=mesh))
-    return stages.trained(
-        "base", workdir, recipe_of(config), method_of(config, module), start, batches, recipe, config.seed,
-        place=functools.partial(sharding.replicate, mesh=mesh), about={"command": command_line()},
-        averaged=True, save_every=config.save_every,
-    )  # fmt: skip
+
+    def phase(stage: str, recipe_hash: str, recipe, start, seed: int) -> stages.Made:
+        batches = data.batches(draw, recipe.batch_size, seed, functools.partial(sharding.shard_batch, mesh=mesh))
+        return stages.trained(
+            stage, workdir, recipe_hash, method_of(config, module, recipe), start, batches, recipe, seed,
+            place=functools.partial(sharding.replicate, mesh=mesh), about={"command": command_line()},
+            averaged=True, save_every=config.save_every,
+        )  # fmt: skip
+
+    first = phase("practice", recipe_of(config), config.practice, start, config.seed)
+    again = stages.recipe_of(config.again.to_dict(), first.sha256)
+    made = phase("base", again, config.again, first.params, config.seed + 1)
+    return made._replace(seconds=first.seconds + made.seconds, samples=first.samples + made.samples)
 
 
 def run(config, workdir, mesh) -> None:

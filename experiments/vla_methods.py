@@ -67,12 +67,37 @@ def _logits(module, params, observation):
     return module.apply({"params": params}, observation)
 
 
-def _act(temperature: float, policy_fn, params, observation, keys):
+def cooled(policy_fn: Partial, temperature: float) -> Partial:
+    """The policy with its logits divided by a temperature."""
+    return Partial(_cooled, temperature, policy_fn)
+
+
+def _cooled(temperature, policy_fn, params, observation):
+    return policy_fn(params, observation) / temperature
+
+
+def drawn(policy_fn: Partial) -> Partial:
+    """What `episodes.rollout` takes: bins drawn from a policy."""
+    return Partial(_drawn, policy_fn)
+
+
+def greedy(policy_fn: Partial) -> Partial:
+    """The same with the most probable bins."""
+    return Partial(_greedy, policy_fn)
+
+
+def _drawn(policy_fn, params, observation, keys):
     logits = policy_fn(params, observation)
-    logp = jax.nn.log_softmax(logits)
-    draw = lambda key, one: jax.random.categorical(key, one / temperature)
-    tokens = jax.vmap(draw)(keys, logits) if temperature else jnp.argmax(logits, -1)
-    own = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    return _taken(logits, jax.vmap(jax.random.categorical)(keys, logits))
+
+
+def _greedy(policy_fn, params, observation, keys):
+    logits = policy_fn(params, observation)
+    return _taken(logits, jnp.argmax(logits, -1))
+
+
+def _taken(logits, tokens):
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
     return ActionTokens(tokens.astype(jnp.int32), own), action_tokens.decode(tokens)
 
 
@@ -111,11 +136,6 @@ def _go_on(act_fn, params, first, keys, scene, task, *, environment: Table, plan
 def _play(act_fn, params, starts: Starts, key, *, environment: Table, acting: Acting) -> EpisodeRollout:
     begun = _begin(starts, key, group=acting.group, split=acting.split)
     return _go_on(act_fn, params, *begun, environment=environment, plan=acting.plan)
-
-
-def act_fn(policy_fn: Partial, temperature: float) -> Partial:
-    """What `episodes.rollout` takes: bins drawn from a policy."""
-    return Partial(functools.partial(_act, temperature), policy_fn)
 
 
 def play(act: Partial, params, starts: Starts, key, acting: Acting) -> EpisodeRollout:
@@ -202,23 +222,23 @@ def bins(module: nn.Module, plan: Plan, sigma: float, floor: float) -> Policy:
     policy_fn, label = logits_fn(module), expert_labels(module.horizon, sigma, floor)
 
     def imitation(recipe):
-        update, optimizer = update_of(vla_opd.supervise(policy_fn, "hard_cross_entropy"), recipe)
+        update, optimizer = update_of(vla_opd.supervise(policy_fn, "forward_kl"), recipe)
         shown = jax.jit(lambda rollout: ActionLabels(action_tokens.expert_logits(rollout.states, sigma, floor)))
         return Method(lambda _, batch, key: as_rollout(batch), lambda _, rollout: shown(rollout), update), optimizer
 
     def on_policy(recipe):
         temperatures = {"student_temperature": recipe.temperature, "teacher_temperature": recipe.teacher_temperature}
-        by_success = recipe.method == "grpo"
+        by_success, acting = recipe.method == "grpo", cooled(policy_fn, recipe.acting_temperature)
         supervise = (
-            vla_opd.grpo(policy_fn) if by_success else vla_opd.supervise(policy_fn, recipe.objective, **temperatures)
+            vla_opd.grpo(acting) if by_success else vla_opd.supervise(policy_fn, recipe.objective, **temperatures)
         )
         update, optimizer = update_of(supervise, recipe)
-        sample = acted(act_fn(policy_fn, recipe.temperature), recipe, plan)
+        sample = acted(drawn(acting), recipe, plan)
         said = label if recipe.teacher == EXPERT else network_labels(policy_fn)
         return Method(sample, jax.jit(reward_labels) if by_success else said, counting(update)), optimizer
 
     init = lambda key, observation: module.init(key, observation)["params"]
-    return Policy(init, act_fn(policy_fn, 0.0), imitation, on_policy)
+    return Policy(init, greedy(policy_fn), imitation, on_policy)
 
 
 def acted(act: Partial, recipe, plan: Plan):

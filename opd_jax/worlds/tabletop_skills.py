@@ -83,8 +83,12 @@ class Moment(NamedTuple):
     instruction: Int[Array, "L"]
 
 
-def moment(key: Key[Array, ""]) -> Moment:
-    """A random one. Two equal things are never what is named."""
+def moment(key: Key[Array, ""], closed: float = 0.0) -> Moment:
+    """A random one. Two equal things are never what is named.
+
+    Args:
+        closed: share of empty hands whose fingers are not open, as after a grasp that has missed.
+    """
     keys = jax.random.split(key, 8)
     state = tasks.reset(keys[0], jax.random.randint(keys[1], (), 0, len(tasks.TASKS)))
     same_kind = state.kind[:, None] == state.kind[None]
@@ -104,6 +108,9 @@ def moment(key: Key[Array, ""]) -> Moment:
     form = jnp.where((place < 0) | of(OF_TASKS, (form, *thing, where)), shortest, form)
     place = jnp.where(form == PICK_UP, -1, place)
     state = _with_hand(keys[7], state, subject, place, holds)
+    missed, gap = jax.random.uniform(jax.random.fold_in(keys[7], 1), (2,))
+    gap = jnp.where(gap < 0.5, bodies.GAP_MIN, bodies.GAP_MIN + (2 * gap - 1) * (bodies.GAP_MAX - bodies.GAP_MIN))
+    state = state._replace(gap=jnp.where(~holds & (missed < closed), gap, state.gap))
     return Moment(state, subject, place, form != PLACE_IT, of(SENTENCES, (form, *thing, where)))
 
 

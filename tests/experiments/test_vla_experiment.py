@@ -49,7 +49,7 @@ def params(experiment):
 @pytest.fixture(scope="module")
 def played(experiment, params):
     """Two decisions of a random policy in eight scenes."""
-    act = vla_methods.act_fn(vla_methods.logits_fn(experiment.module), 1.0)
+    act = vla_methods.drawn(vla_methods.logits_fn(experiment.module))
     starts = experiment.starts(experiment.tasks[:8], 0)
     return vla_methods.play(act, params, starts, jax.random.key(1), Acting(Plan(2, 3)))
 
@@ -71,7 +71,7 @@ def test_demonstrated_chunks_are_what_the_expert_went_on_to_do():
 
 
 def test_a_scene_is_the_same_for_every_episode_of_its_group_and_what_disturbs_it_is_not(experiment, params):
-    act = vla_methods.act_fn(vla_methods.logits_fn(experiment.module), 1.0)
+    act = vla_methods.drawn(vla_methods.logits_fn(experiment.module))
     starts = experiment.starts(experiment.tasks[:4], 0, pad=True)
     rollout = vla_methods.play(act, params, starts, jax.random.key(1), Acting(Plan(1, 2), group=2))
     position = np.asarray(rollout.states.position)[:, 0].reshape(-1, 2, *rollout.states.position.shape[2:])
@@ -169,7 +169,7 @@ def test_practice_is_what_the_hand_does_next(experiment):
 def test_practice_also_points_at_what_is_named(experiment, params):
     config = base_configs.get_config("tiny").unlock()
     config.policy = experiment.config.policy
-    method, _ = vla_base.method_of(config, experiment.module)
+    method, _ = vla_base.method_of(config, experiment.module, config.practice)
     rollout = method.sample(None, {"seed": np.arange(8, dtype=np.uint32)}, None)
     labels = method.label(None, rollout)
     own = vla_opd.supervise(vla_methods.logits_fn(experiment.module), "forward_kl")
