@@ -133,8 +133,8 @@ class PracticeLabels(NamedTuple):
     aim: Float[Array, "B T C 2 2"]
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "closed"))
-def practise(seeds, *, steps: int, closed: float = 0.0):
+@functools.partial(jax.jit, static_argnames="steps")
+def practise(seeds, closed=0.0, *, steps: int):
     """Moments of practice as episodes of one decision."""
     moments = jax.vmap(lambda seed: tabletop_skills.moment(jax.random.key(seed), closed))(seeds)
     seen = jax.vmap(tabletop.observe)(moments.state)
@@ -183,7 +183,7 @@ def method_of(config, module, recipe) -> tuple:
         )
 
     closed = recipe.get("closed", 0.0)
-    sample = lambda _, batch, key: practise(batch["seed"], steps=module.horizon, closed=closed)
+    sample = lambda _, batch, key: practise(batch["seed"], closed, steps=module.horizon)
     return Method(sample, lambda _, rollout: label(rollout), update), optimizer
 
 

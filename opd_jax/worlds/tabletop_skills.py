@@ -83,7 +83,7 @@ class Moment(NamedTuple):
     instruction: Int[Array, "L"]
 
 
-def moment(key: Key[Array, ""], closed: float = 0.0) -> Moment:
+def moment(key: Key[Array, ""], closed: Float[Array, ""] | float | int = 0.0) -> Moment:
     """A random one. Two equal things are never what is named.
 
     Args:
