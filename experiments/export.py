@@ -6,6 +6,7 @@
 | --- | --- |
 | `reasoning`, `uni_opd`, `dp` | a Hugging Face model with its tokenizer; what a student learnt as LoRA is merged |
 | `flow_opd`, `scenes_base` | `transformer`, as of a diffusers pipeline; beside it a student's adapter, for both |
+| `flow_opd` on a pipeline | the student's adapter alone, for that pipeline |
 
 Nothing is trained and nothing of a run is changed; OUT appears whole or not at all.
 """
@@ -32,6 +33,7 @@ from opd_jax.models.hf import (
     load_decoder,
     load_gpt2,
     load_vlm,
+    mmdit_of,
     save_decoder,
     save_gpt2,
     save_lora,
@@ -109,6 +111,10 @@ def write_language(config, params, out: Path, found: dict[str, Path]) -> str:
 
 def write_flow(config, params, out: Path, found: dict[str, Path]) -> str:
     """A diffusers transformer, and beside it the adapter where that is what was trained."""
+    if config.get("world") == "pipeline":
+        path = Path(config.pipeline.path).expanduser()
+        save_lora(mmdit_of(path / "transformer"), params, config.lora.scale, out, base=str(path))
+        return "diffusers"
     module, adapter = scenes.module(config), is_adapter(params)
     backbone = params
     if adapter:

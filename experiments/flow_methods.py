@@ -4,14 +4,15 @@ The student is an adapter on a frozen backbone, so are the teachers; every funct
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from experiments.scenes import SHAPE
+from experiments import stages
 from opd_jax import hosts, optim, rng
 from opd_jax.losses import advantage_matching, flow_matching, flow_opd, policy_gradient
 from opd_jax.losses.advantage_matching import SampledAgain
@@ -19,27 +20,80 @@ from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import lora
 from opd_jax.sampling import flow
 from opd_jax.types import FlowLabels, Method
-from opd_jax.worlds import scene_verifiers, scenes
 
 
-def adapted_velocity(model, scale: float, backbone) -> Partial:
-    """`velocity_fn(adapter, x, t, tokens)`: the backbone wearing one adapter."""
-    return Partial(functools.partial(_adapted, model, scale), backbone)
+class World(Protocol):
+    """What the experiment needs beside its settings: a frozen model, prompts, pictures, and what is known of them.
+
+    `scenes.Scenes` is the embedded one, `latents.Pipeline` a Stable Diffusion 3 directory of the user's. A batch is
+    `{"condition": leaves [B, ...], "task": [B]}`; a record of the i-th of the tasks asked for has task i.
+    """
+
+    base: stages.Made
+    identity: str  # hash of all that a stage depends on beside its settings
+    model: Any  # the module of the base
+    shape: tuple[int, int, int]  # of what flows: a picture, or a latent
+    velocity: Partial  # velocity_fn(adapter, x, t, condition): the base wearing one adapter
+    routed: Partial  # velocity_fn(adapters, x, t, (condition, task)): every record by the adapter of its task
+    own_rewards: tuple[str, ...]  # that need no judge of the config
+    splits: tuple[str, ...]  # of prompts that models are judged on
+    shown: int  # pictures of each task in the report
+    note: str  # under the report's heading
+    example: str  # a prompt for experiments/sample.py
+
+    def __init__(self, config, workdir, mesh, about: dict): ...  # about: what is written into the file of a stage
+    @staticmethod
+    def tasks(config) -> tuple[str, ...]: ...  # that it has prompts of
+    @staticmethod
+    def mistakes(config) -> list[str]: ...  # before anything is loaded, a line each
+
+    def prompts(self, tasks: Sequence[str], batch_size: int, seed: int) -> Iterator: ...  # endless batches to train on
+    def pairs(self, tasks: Sequence[str], batch_size: int, seed: int) -> Iterator: ...  # with clean pictures, if any
+    def held_out(self, count: int, seed: int, test: bool = True) -> dict[str, list[str]]: ...
+    def texts(self, condition: Any) -> list[str]: ...  # prompts of a batch on the devices
+    def metadata(self, texts: Sequence[str]) -> list[dict | None] | None: ...  # for judges
+    def decode(self, x: jax.Array) -> jax.Array: ...  # pictures in [-1, 1]
+    def pictures(self, adapter: Any, texts: Sequence[str], **sampler: Any) -> np.ndarray: ...
+    def reward(self, name: str, images: np.ndarray, texts: Sequence[str]) -> np.ndarray: ...  # one of its own
+    def score(self, images: dict, texts: dict, judged: Callable) -> tuple[dict, dict]: ...  # rewards, and what else
 
 
-def _adapted(model, scale, backbone, adapter, x, t, tokens):
+def adapted_velocity(model, scale: float, backbone, encode: Callable, merged: bool = True) -> Partial:
+    """`velocity_fn(adapter, x, t, condition)`: the backbone wearing one adapter.
+
+    Args:
+        encode: what the model is given of a condition, beside state and time.
+        merged: whether the adapter is added to the weights, which is faster where they are float32 and few, or is
+            computed beside them, which loses nothing where they are bfloat16.
+    """
+    return Partial(functools.partial(_adapted, model, scale, encode, merged), backbone)
+
+
+def _adapted(model, scale, encode, merged, backbone, adapter, x, t, condition):
+    if adapter and not merged:
+        return lora.apply(model, backbone, adapter, scale, x, t, *encode(condition))
     params = lora.merge(backbone, adapter, scale) if adapter else backbone
-    return model.apply({"params": params}, x, t, *scenes.encode(tokens))
+    return model.apply({"params": params}, x, t, *encode(condition))
 
 
-def routed_velocity(model, scale: float, backbone) -> Partial:
-    """`velocity_fn(adapters, x, t, (tokens, task))`: every record by the teacher of its task, in one forward."""
-    return Partial(functools.partial(_routed, model, scale), backbone)
+def routed_velocity(
+    model, scale: float, backbone, encode: Callable, guidance: float = 1.0, null_condition=None
+) -> Partial:
+    """`velocity_fn(adapters, x, t, (condition, task))`: every record by the teacher of its task, in one forward.
+
+    Guidance is here, as `flow.guided` would give a record's unconditional half the task of the null condition.
+    """
+    return Partial(functools.partial(_routed, model, scale, encode, guidance), backbone, null_condition)
 
 
-def _routed(model, scale, backbone, adapters, x, t, condition):
-    tokens, task = condition
-    return lora.routed_apply(model, backbone, adapters, task, scale, x, t, *scenes.encode(tokens))
+def _routed(model, scale, encode, guidance, backbone, null_condition, adapters, x, t, condition):
+    condition, task = condition
+
+    def velocity(task, x, t, condition):
+        return lora.routed_apply(model, backbone, adapters, task, scale, x, t, *encode(condition))
+
+    task = task if guidance == 1 else jnp.concatenate([task, task])
+    return flow.guided(velocity, null_condition, guidance)(task, x, t, condition)
 
 
 class Sampling(NamedTuple):
@@ -50,7 +104,9 @@ class Sampling(NamedTuple):
     shift: float
     double_shift: bool
     noise_level: float
+    shape: tuple[int, int, int]
     group: int  # paths for each prompt
+    parts: int  # that a batch is sampled and labelled in, one after the other, to bound memory
     window: int = 0  # this many consecutive steps of the first half are stochastic, the rest an ODE's; 0: all are
     same_start: bool = False  # all paths of a prompt begin at one noise, and differ by the stochastic steps alone
 
@@ -58,7 +114,7 @@ class Sampling(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _sample_paths(sampling: Sampling, velocity_fn, params, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
-    count = batch["tokens"].shape[0]
+    count, shape = batch["task"].shape[0], sampling.shape
     times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
     levels = jnp.full(sampling.steps, sampling.noise_level)
     if sampling.window:
@@ -66,46 +122,69 @@ def _sample_paths(sampling: Sampling, velocity_fn, params, batch, key):
     keys, start = rng.per_record(rng.at_step(key, 0), count), None
     if sampling.same_start:
         prompts = rng.per_record(rng.at_step(key, 2), count // sampling.group)
-        start = jnp.repeat(jax.vmap(lambda k: jax.random.normal(k, SHAPE))(prompts), sampling.group, axis=0)
-    path = flow.sample(velocity_fn, params, batch["tokens"], keys, SHAPE, times, levels, sampling.kind, start)
-    return flow.as_rollout(path, batch["tokens"], batch["task"], jnp.arange(count) // sampling.group, times, levels)
+        start = jnp.repeat(jax.vmap(lambda k: jax.random.normal(k, shape))(prompts), sampling.group, axis=0)
+
+    def sample(part):
+        condition, keys, start = part
+        return flow.sample(velocity_fn, params, condition, keys, shape, times, levels, sampling.kind, start)
+
+    path = optim.in_parts(sample, (batch["condition"], keys, start), sampling.parts)
+    return flow.as_rollout(path, batch["condition"], batch["task"], jnp.arange(count) // sampling.group, times, levels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _label_states(with_anchor: bool, parts: int, teachers, anchor, params, rollout):
+    adapters, anchor_adapter = params
+    states, times = rollout.states[:, :-1], rollout.times[0, :-1]
+
+    def label(part):
+        condition, task, states = part
+        routed = flow.velocities(teachers, adapters, (condition, task), states, times)
+        if not with_anchor:
+            return FlowLabels(routed)
+        return FlowLabels(routed, flow.velocities(anchor, anchor_adapter, condition, states, times))
+
+    return optim.in_parts(label, (rollout.condition, rollout.task, states), parts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _label_states(with_anchor: bool, teachers, anchor, params, rollout):
-    adapters, anchor_adapter = params
-    states, times = rollout.states[:, :-1], rollout.times[0, :-1]
-    routed = flow.velocities(teachers, adapters, (rollout.condition, rollout.task), states, times)
-    if not with_anchor:
-        return FlowLabels(routed)
-    return FlowLabels(routed, flow.velocities(anchor, anchor_adapter, rollout.condition, states, times))
-
-
-@jax.jit
-def _reference_velocities(velocity_fn, params, rollout):
+def _reference_velocities(parts: int, velocity_fn, params, rollout):
     """What the adapter that a specialist started from would have done at the states that the update visits."""
-    if isinstance(rollout, SampledAgain):
-        return advantage_matching.copy_velocities(velocity_fn, params, rollout)
-    return flow.velocities(velocity_fn, params, rollout.condition, rollout.states[:, :-1], rollout.times[0, :-1])
+
+    def reference(part):
+        if isinstance(part, SampledAgain):
+            return advantage_matching.copy_velocities(velocity_fn, params, part)
+        return flow.velocities(velocity_fn, params, part.condition, part.states[:, :-1], part.times[0, :-1])
+
+    return optim.in_parts(reference, rollout, parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sample_again(sampling: Sampling, draws: int, center: float, spread: float, velocity_fn, params, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
-    tokens, count = batch["tokens"], batch["tokens"].shape[0]
-    times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
-    images = flow.generate(velocity_fn, params, tokens, rng.per_record(rng.at_step(key, 0), count), SHAPE, times)
+    condition, count = batch["condition"], batch["task"].shape[0]
+    images = _generate(sampling, velocity_fn, params, condition, rng.per_record(rng.at_step(key, 0), count))
     group, keys = jnp.arange(count) // sampling.group, rng.per_record(rng.at_step(key, 1), count)
-    return advantage_matching.noised_again(images, tokens, batch["task"], group, keys, draws, center, spread)
+    return advantage_matching.noised_again(images, condition, batch["task"], group, keys, draws, center, spread)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _noise_teacher_pictures(sampling: Sampling, teachers, adapters, _, batch, key):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, sampling.group, axis=0), batch)
-    keys = rng.per_record(rng.at_step(key, 0), batch["tokens"].shape[0])
+    keys = rng.per_record(rng.at_step(key, 0), batch["task"].shape[0])
+    images = _generate(sampling, teachers, adapters, (batch["condition"], batch["task"]), keys)
+    return flow_matching.noised(images, batch["condition"], rng.per_record(rng.at_step(key, 1), len(images)))
+
+
+def _generate(sampling: Sampling, velocity_fn, params, condition, keys):
     times = flow.time_grid(sampling.steps, sampling.shift, sampling.double_shift)
-    images = flow.generate(teachers, adapters, (batch["tokens"], batch["task"]), keys, SHAPE, times)
-    return flow_matching.noised(images, batch["tokens"], rng.per_record(rng.at_step(key, 1), len(images)))
+    generate = lambda part: flow.generate(velocity_fn, params, *part, sampling.shape, times)
+    return optim.in_parts(generate, (condition, keys), sampling.parts)
+
+
+def _parts(recipe) -> int:
+    """That an update goes through its records in; so do sampling and labels, whose memory is of the same order."""
+    return recipe.micro_batches * recipe.get("updates", 1)
 
 
 def opd_update(student: Partial, recipe, config) -> tuple:
@@ -118,10 +197,11 @@ def opd_update(student: Partial, recipe, config) -> tuple:
     )
 
 
-def opd_method(student: Partial, teachers: Partial, update, config, recipe) -> Method:
+def opd_method(world: World, update, config, recipe) -> Method:
     """Flow-OPD. `teacher_params` is `(adapters in the order of the tasks, the anchor's adapter)`."""
-    sample = functools.partial(_sample_paths, Sampling(**config.sampler, group=recipe.group), student)
-    label = functools.partial(_label_states, recipe.anchor_weight > 0, teachers, student)
+    sampling = Sampling(**config.sampler, shape=world.shape, group=recipe.group, parts=_parts(recipe))
+    sample = functools.partial(_sample_paths, sampling, world.velocity)
+    label = functools.partial(_label_states, recipe.anchor_weight > 0, sampling.parts, world.routed, world.velocity)
     return Method(sample, label, update)
 
 
@@ -129,48 +209,50 @@ def grpo_update(student: Partial, recipe) -> tuple:
     """The update of a specialist and its optimiser, by either form of group-relative policy optimisation."""
     if recipe.method == "awm":
         return _update(advantage_matching.supervise(student, beta=recipe.awm.beta), recipe)
-    own = {name: recipe.flow_grpo[name] for name in ("kind", "clip", "window", "beta", "balanced")}
+    names = ("kind", "clip", "window", "beta", "balanced", "weighting")
+    own = {name: recipe.flow_grpo[name] for name in names if name in recipe.flow_grpo}
     return _update(policy_gradient.grpo(student, normalize=False, **own), recipe)
 
 
-def grpo_method(
-    student: Partial, rewards: tuple[str, ...], update, config, recipe, judge=scene_verifiers.reward
-) -> Method:
+def grpo_method(world: World, rewards: Sequence[str], update, config, recipe, judge: Callable) -> Method:
     """A specialist's method: `rewards[task]` judges a record of that task, against its group.
 
-    `judge(name, images, captions)` gives a reward, NaN where it is unknown. `teacher_params` is the adapter it started
+    `judge(name, images, texts)` gives a reward, NaN where it is unknown. `teacher_params` is the adapter it started
     from, to which it is held.
     """
 
-    def judged(images, task, captions):
-        reward = np.zeros(len(captions), np.float32)
+    def judged(images, task, texts):
+        reward = np.zeros(len(texts), np.float32)
         for index, name in enumerate(rewards):
             mine = np.flatnonzero(task == index)
             if mine.size:
-                reward[mine] = judge(name, images[mine], [captions[i] for i in mine])
+                reward[mine] = judge(name, images[mine], [texts[i] for i in mine])
         return reward
 
     def label(start, rollout):
         again = isinstance(rollout, SampledAgain)
         visited = rollout if again else policy_gradient.window_of(rollout, recipe.flow_grpo.window)
-        reference = _reference_velocities(student, start, visited) if recipe[recipe.method].beta > 0 else None
-        images, task = hosts.fetch((rollout.image if again else rollout.states[:, -1], rollout.task))
-        captions = [scenes.caption_of(tokens) for tokens in hosts.fetch(rollout.condition)]
-        reward = jnp.asarray(hosts.from_first(lambda: judged(images, task, captions), (len(captions),)))
+        held = recipe[recipe.method].beta > 0
+        reference = _reference_velocities(sampling.parts, world.velocity, start, visited) if held else None
+        pictures = world.decode(rollout.image if again else rollout.states[:, -1])
+        images, task = hosts.fetch((pictures, rollout.task))
+        texts = world.texts(rollout.condition)
+        reward = jnp.asarray(hosts.from_first(lambda: judged(images, task, texts), (len(texts),)))
         group = jnp.asarray(hosts.fetch(rollout.group))  # one device, no collective
-        advantage = policy_gradient.group_advantages(reward, group, len(captions) // recipe.group)
+        advantage = policy_gradient.group_advantages(reward, group, len(texts) // recipe.group)
         reward = jnp.where(jnp.isnan(reward), jnp.nanmean(reward), reward)  # as it is logged
         advantage, reward = jax.device_put((advantage, reward), rollout.task.sharding)
         return RewardLabels(advantage, reference, reward)
 
+    sampling = Sampling(**config.sampler, shape=world.shape, group=recipe.group, parts=_parts(recipe))
     if recipe.method == "awm":
         own = recipe.awm
         times = own.draws, own.time_center, own.time_spread
-        sampling = Sampling(**config.sampler, group=recipe.group)
-        return Method(functools.partial(_sample_again, sampling, *times, student), label, update)
-    own = {name: recipe.flow_grpo[name] for name in ("kind", "noise_level", "window", "same_start")}
-    sampling = Sampling(**(config.sampler.to_dict() | own), group=recipe.group)
-    return Method(functools.partial(_sample_paths, sampling, student), label, update)
+        return Method(functools.partial(_sample_again, sampling, *times, world.velocity), label, update)
+    sampling = sampling._replace(**{name: recipe.flow_grpo[name] for name in ("kind", "noise_level", "same_start")})
+    if recipe.flow_grpo.window < sampling.steps - 1:  # else all are stochastic and the first are trained, as published
+        sampling = sampling._replace(window=recipe.flow_grpo.window)
+    return Method(functools.partial(_sample_paths, sampling, world.velocity), label, update)
 
 
 def offline_update(student: Partial, recipe) -> tuple:
@@ -178,10 +260,10 @@ def offline_update(student: Partial, recipe) -> tuple:
     return _update(flow_matching.supervise(student), recipe)
 
 
-def offline_method(teachers: Partial, adapters, update, config, recipe) -> Method:
+def offline_method(world: World, adapters, update, config, recipe) -> Method:
     """Distillation on the teachers' pictures instead of the student's states: SFT, and the offline baseline."""
-    sampling = Sampling(**config.sampler, group=recipe.group)
-    sample = functools.partial(_noise_teacher_pictures, sampling, teachers, adapters)
+    sampling = Sampling(**config.sampler, shape=world.shape, group=recipe.group, parts=_parts(recipe))
+    sample = functools.partial(_noise_teacher_pictures, sampling, world.routed, adapters)
     return Method(sample, lambda _, rollout: rollout.velocity, update)
 
 
@@ -192,7 +274,7 @@ def pairs_method(update) -> Method:
 
 @jax.jit
 def _noise_given_pictures(_, batch, key):
-    return flow_matching.noised(batch["image"], batch["tokens"], rng.per_record(key, batch["image"].shape[0]))
+    return flow_matching.noised(batch["image"], batch["condition"], rng.per_record(key, batch["image"].shape[0]))
 
 
 def _update(supervise, recipe) -> tuple:

@@ -1,27 +1,26 @@
-"""Flow-OPD on the scenes world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
+"""Flow-OPD on a world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
 
 import functools
+import shlex
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from configs import common
-from experiments import flow_methods, scenes, stages
+from experiments import flow_methods, latents, scenes, stages
 from opd_jax import loop, metrics, optim, report, rng, sharding
+from opd_jax.checkpoint import params_sha256
 from opd_jax.config import checks, command_line, fingerprint, versions
 from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
+from opd_jax.models.hf import load_lora
 from opd_jax.rewards import combination
-from opd_jax.worlds import scene_verifiers
-from opd_jax.worlds.scene_verifiers import REWARDS
-from opd_jax.worlds.scenes import TASKS
 
-SHOWN = 10  # pictures of each model in the report
-SHIPPED_BASE = stages.SHIPPED / "scenes_base.safetensors"
+WORLDS = {"scenes": scenes.Scenes, "pipeline": latents.Pipeline}  # flow_methods.World
 INITS = ("merge", "base")  # where a student starts; or where an arm ended that started from one of these
 ARM_CHOICES = {
     "method": ("opd", "offline"),
@@ -32,11 +31,12 @@ ARM_CHOICES = {
 
 def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
+    world = WORLDS[config.world]
     with checks() as check:
-        check(not config.missing, f"this variant cannot run: it needs {config.missing}")
+        known_tasks, own_rewards = world.tasks(config), world.own_rewards
         for name in config.tasks:
             check(name in config.teachers, f"tasks: {name!r} has no teacher; teachers are {list(config.teachers)}")
-            check(name in TASKS, f"tasks: {name!r} has no prompts; choose of {TASKS}")
+            check(name in known_tasks, f"tasks: {name!r} has no prompts; choose of {known_tasks}")
         check(config.anchor in config.teachers, f"anchor={config.anchor!r}: choose one of {list(config.teachers)}")
         kinds = gaussians.KINDS[1:]  # an ODE has no density to learn from
         check(config.sampler.kind in kinds, f"sampler.kind={config.sampler.kind!r}: choose one of {kinds}")
@@ -45,16 +45,17 @@ def validate(config, mesh) -> None:
         methods, window = ("awm", "flow_grpo"), config.grpo.flow_grpo.window
         check(config.grpo.method in methods, f"grpo.method={config.grpo.method!r}: choose one of {', '.join(methods)}")
         check(1 <= window <= steps, f"grpo.flow_grpo.window={window}: choose 1..{steps}, sampler.steps")
-        for name, part in {**config.teachers, "grpo_mix": config.grpo_mix}.items():
+        for name, part in rewarded(config).items():
             warm = grpo_recipe(config, part).warm_start
             uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
             check(warm.steps == 0 or not uneven, uneven)
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
-            check(set(part.prompts) <= set(TASKS), f"{name}.prompts={part.prompts}: choose of {TASKS}")
-            known = (*REWARDS, *config.judges)
+            check(set(part.prompts) <= set(known_tasks), f"{name}.prompts={part.prompts}: choose of {known_tasks}")
+            known = (*own_rewards, *config.judges) + (("",) if part.get("path") else ())
             check(set(part.rewards) <= set(known), f"{name}.rewards={part.rewards}: choose of {known}")
-        for name, judge in config.judges.to_dict().items():
-            check(name not in REWARDS, f"judges.{name}: is a reward of the world already; choose another name")
+        for name in config.judges:
+            check(name not in own_rewards, f"judges.{name}: is a reward of the world already; choose another name")
+        for name, judge in used_judges(config).items():
             for line in combination.mistakes(judge.get("weights", {}), judge.get("rewards", {})):
                 check(False, f"judges.{name}: {line}")
         for name in config.arms:
@@ -68,8 +69,10 @@ def validate(config, mesh) -> None:
             check(records % parts == 0, f"{name}: {records} records do not divide into {parts} updates x micro_batches")
             uneven = sharding.uneven(part.prompts, mesh, f"{name}.prompts")
             check(not uneven, uneven)
+        for line in world.mistakes(config):
+            check(False, line)
     if config.shipped:
-        base = stages.load(SHIPPED_BASE)
+        base = stages.load(scenes.SHIPPED_BASE)
         for name, part in grpo_parts(config).items():
             stages.load(shipped(name), stages.recipe_of(grpo_settings(config, part), base.sha256))
 
@@ -79,8 +82,20 @@ def shipped(stage: str) -> Path:
 
 
 def grpo_parts(config) -> dict:
-    """The stages that Flow-GRPO trains: a specialist for each reward, and the mixture of all."""
-    return {f"grpo_{name}": part for name, part in config.teachers.items()} | {"grpo_mix": config.grpo_mix}
+    """The stages that Flow-GRPO trains: a specialist for each reward, unless it is given, and the mixture of all."""
+    parts = {f"grpo_{name}": part for name, part in config.teachers.items() if not part.get("path")}
+    return parts | ({"grpo_mix": config.grpo_mix} if config.grpo_mix.steps else {})
+
+
+def rewarded(config) -> dict:
+    """The parts with rewards: teachers, given ones too, and the mixture where there is one."""
+    return {**config.teachers} | ({"grpo_mix": config.grpo_mix} if config.grpo_mix.steps else {})
+
+
+def used_judges(config) -> dict[str, dict]:
+    """The judges that a reward names."""
+    names = {name for part in rewarded(config).values() for name in part.rewards}
+    return {name: judge for name, judge in config.judges.to_dict().items() if name in names}
 
 
 def arm_recipe(config, name: str):
@@ -115,28 +130,15 @@ class Experiment:
 
     def __init__(self, config, workdir: Path, mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.model = scenes.module(config)
         self.about = {"command": command_line()}
-        self.base = self.load_base()
-        self.judges = {name: combination.Rewards(**one) for name, one in config.judges.to_dict().items()}
+        self.judges = {name: combination.Rewards(**one) for name, one in used_judges(config).items()}
         for judge in self.judges.values():
             judge.self_test()
-        backbone = sharding.replicate(self.base.params, mesh)
-        self.velocity = flow_methods.adapted_velocity(self.model, config.lora.scale, backbone)
+        self.world = WORLDS[config.world](config, workdir, mesh, self.about)
         self.updates = {}
-        self.routed = flow_methods.routed_velocity(self.model, config.lora.scale, backbone)
-
-    def load_base(self) -> stages.Made:
-        """The shipped model, made by `configs/scenes_base.py`; a random one if the config asks for another size."""
-        config = self.config
-        if config.model.to_dict() == common.scene_model().to_dict():
-            return stages.load(SHIPPED_BASE)
-        recipe = stages.recipe_of({"model": config.model.to_dict(), "seed": config.seed})
-        random = lambda _: (scenes.init_params(self.model, config.seed), 0)
-        return stages.once("random_base", self.workdir, recipe, random, self.about)
 
     def adapter(self, seed: int, rank: int):
-        return lora.init(rng.stream(seed, "lora"), self.base.params, self.config.lora.pattern, rank)
+        return lora.init(rng.stream(seed, "lora"), self.world.base.params, self.config.lora.pattern, rank)
 
     def update(self, recipe) -> tuple:
         """The compiled update of an arm and its optimiser."""
@@ -149,14 +151,18 @@ class Experiment:
         elsewhere = ("init", "warm_start", "pairs") + (() if recipe.get("decay_steps") else ("steps",))
         shared = fingerprint({key: value for key, value in recipe.to_dict().items() if key not in elsewhere})
         if shared not in self.updates:
-            self.updates[shared] = new(self.velocity, recipe=recipe)
+            self.updates[shared] = new(self.world.velocity, recipe=recipe)
         return self.updates[shared]
 
-    def judge(self, name: str, images: np.ndarray, captions: list[str]) -> np.ndarray:
+    def judge(self, name: str, images: np.ndarray, texts: list[str]) -> np.ndarray:
         """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges."""
         if name not in self.judges:
-            return scene_verifiers.reward(name, images, captions)
-        return self.judges[name].label(images, captions, self.workdir / "unscored" / name).score
+            return self.world.reward(name, images, texts)
+        return self.judged(name, images, texts).score
+
+    def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
+        """What a judge says, with the rewards that it adds up."""
+        return self.judges[name].label(images, texts, self.workdir / "unscored" / name, self.world.metadata(texts))
 
     def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):
         """Runs the loop on an adapter and returns its average over time."""
@@ -175,10 +181,19 @@ class Experiment:
         )
         return state.ema
 
+    def teacher(self, name: str, part) -> stages.Made:
+        """A specialist from its file, or trained here."""
+        if not part.get("path"):
+            return self.grpo(f"grpo_{name}", part)
+        given = load_lora(Path(part.path).expanduser(), self.world.model, self.config.lora.scale)
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), given)
+        sha = params_sha256(params)
+        return stages.Made(params, stages.recipe_of({"given": sha}), sha, 0, 0)
+
     def grpo(self, stage: str, part) -> stages.Made:
         """A specialist (one reward) or the mixture baseline (all of them), from the base."""
         config, recipe = self.config, grpo_recipe(self.config, part)
-        recipe_hash = stages.recipe_of(grpo_settings(config, part), self.base.sha256)
+        recipe_hash = stages.recipe_of(grpo_settings(config, part), self.world.identity)
         if config.shipped:
             return stages.load(shipped(stage), recipe_hash)
 
@@ -196,14 +211,14 @@ class Experiment:
         if warm_steps:
             update, optimizer = self.shared_update(recipe.warm_start, flow_methods.offline_update)
             method = flow_methods.pairs_method(update)
-            pairs = scenes.clean_pairs(tuple(dict.fromkeys(part.prompts)), recipe.warm_start.pairs, seed, self.mesh)
+            pairs = self.world.pairs(tuple(dict.fromkeys(part.prompts)), recipe.warm_start.pairs, seed)
             where = checkpoint_dir / "sft"
             adapter = self.train(where, f"{stage}_sft", method, optimizer, adapter, pairs, warm_steps, seed)
         if not steps:
             return adapter
         update, optimizer = self.shared_update(recipe, flow_methods.grpo_update)
-        method = flow_methods.grpo_method(self.velocity, part.rewards, update, config, recipe, self.judge)
-        batches = scenes.prompts(part.prompts, recipe.prompts, seed, self.mesh)
+        method = flow_methods.grpo_method(self.world, part.rewards, update, config, recipe, self.judge)
+        batches = self.world.prompts(part.prompts, recipe.prompts, seed)
         held_to, where = sharding.replicate(adapter, self.mesh), checkpoint_dir / "grpo"
         return self.train(where, stage, method, optimizer, adapter, batches, steps, seed, held_to)
 
@@ -218,10 +233,10 @@ class Experiment:
             start = earlier.params if earlier else self.start(recipe.init, seed, teachers)
             update, optimizer = self.update(recipe)
             if recipe.method == "offline":
-                method = flow_methods.offline_method(self.routed, adapters, update, config, recipe)
+                method = flow_methods.offline_method(self.world, adapters, update, config, recipe)
             else:
-                method = flow_methods.opd_method(self.velocity, self.routed, update, config, recipe)
-            batches = scenes.prompts(config.tasks, recipe.prompts, seed, self.mesh)
+                method = flow_methods.opd_method(self.world, update, config, recipe)
+            batches = self.world.prompts(config.tasks, recipe.prompts, seed)
             labels = (adapters, anchor)
             trained = self.train(checkpoint_dir, stage, method, optimizer, start, batches, recipe.steps, seed, labels)
             return trained, recipe.steps * recipe.prompts * recipe.group
@@ -229,7 +244,7 @@ class Experiment:
         shared = {key: config[key].to_dict() for key in ("sampler", "lora")}
         settings = shared | {"arm": recipe.to_dict(), "seed": seed, "anchor": config.anchor, "tasks": config.tasks}
         upstream = {key: made.sha256 for key, made in teachers.items()} | ({"init": earlier.sha256} if earlier else {})
-        recipe_hash = stages.recipe_of(settings | {"teachers": upstream}, self.base.sha256)
+        recipe_hash = stages.recipe_of(settings | {"teachers": upstream}, self.world.identity)
         made = stages.once(stage, self.workdir, recipe_hash, make, self.about)
         if earlier:
             made = made._replace(seconds=made.seconds + earlier.seconds, samples=made.samples + earlier.samples)
@@ -243,18 +258,23 @@ class Experiment:
 
     def merged(self, teachers: dict[str, stages.Made]):
         """The cold start: one adapter whose update is exactly the mean of the teachers' updates."""
-        return jax.device_get(lora.average([made.params for made in teachers.values()]))
+        adapters = jax.tree.map(jnp.asarray, [made.params for made in teachers.values()])
+        return jax.device_get(lora.average(adapters))
 
-    def scores(self, adapter, captions) -> dict[str, float]:
-        found = scenes.score(self.velocity, adapter, captions, **self.sampler())
-        rewards = {name: found.pop(name) for name in REWARDS}
-        return rewards | {"average": float(np.mean(list(rewards.values())))} | found
+    def scores(self, adapter, texts: dict[str, list[str]]) -> dict[str, float]:
+        images = {task: self.pictures(adapter, own) for task, own in texts.items()}
+        rewards, others = self.world.score(images, texts, self.judged)
+        average = {"average": float(np.mean(list(rewards.values())))} if rewards else {}
+        return rewards | average | others
 
-    def sampler(self) -> dict:
-        return {name: self.config.eval[name] for name in ("steps", "shift", "seed")}
+    def pictures(self, adapter, texts: list[str]) -> np.ndarray:
+        """One for each prompt, by the ODE; the same noise for every model."""
+        return self.world.pictures(adapter, texts, **sampler(self.config))
 
-    def pictures(self, adapter, captions) -> np.ndarray:
-        return scenes.pictures(self.velocity, adapter, captions, **self.sampler())
+
+def sampler(config) -> dict:
+    """How pictures are drawn that models are judged by."""
+    return {name: config.eval[name] for name in ("steps", "shift", "double_shift", "seed") if name in config.eval}
 
 
 class Model(NamedTuple):
@@ -269,28 +289,28 @@ class Model(NamedTuple):
 def run(config, workdir: Path, mesh) -> None:
     began = time.time()
     experiment = Experiment(config, workdir, mesh)
-    teachers = {name: experiment.grpo(f"grpo_{name}", part) for name, part in config.teachers.items()}
-    mix = experiment.grpo("grpo_mix", config.grpo_mix)
+    teachers = {name: experiment.teacher(name, part) for name, part in config.teachers.items()}
+    mixes = {"GRPO-mix": experiment.grpo("grpo_mix", config.grpo_mix)} if config.grpo_mix.steps else {}
     students = {name: [experiment.student(name, seed, teachers) for seed in config.seeds] for name in config.arms}
 
     spent, seen = sum(made.seconds for made in teachers.values()), sum(made.samples for made in teachers.values())
     models = [Model("base", [{}], 0, 0)]
     models += [Model(f"teacher: {name}", [made.params], made.seconds, made.samples) for name, made in teachers.items()]
-    models += [Model("GRPO-mix", [mix.params], mix.seconds, mix.samples)]
+    models += [Model(name, [mix.params], mix.seconds, mix.samples) for name, mix in mixes.items()]
     models += [Model("cold start (merge)", [experiment.merged(teachers)], spent, seen)]
     for name, arms in students.items():
         seconds = float(np.mean([made.seconds for made in arms]))
         models.append(Model(name, [made.params for made in arms], spent + seconds, seen + arms[0].samples))
-    made = {"base": experiment.base} | {f"grpo {name}": part for name, part in teachers.items()} | {"GRPO-mix": mix}
+    made = {"base": experiment.world.base} | {f"grpo {name}": part for name, part in teachers.items()} | mixes
     write(experiment, models, made | {name: arms[0] for name, arms in students.items()}, began)
 
 
 def table(experiment: Experiment, models: list[Model], test: bool) -> list[dict]:
     """Every model on held-out (or training) prompts: mean and, over several seeds, standard deviation."""
-    captions = scenes.held_out(experiment.config.eval.prompts, experiment.config.eval.seed, test)
+    texts = experiment.world.held_out(experiment.config.eval.prompts, experiment.config.eval.seed, test)
     rows = []
     for model in models:
-        scores = [experiment.scores(adapter, captions) for adapter in model.adapters]
+        scores = [experiment.scores(adapter, texts) for adapter in model.adapters]
         row = {"model": model.name}
         for column in scores[0]:
             values = [score[column] for score in scores]
@@ -302,22 +322,22 @@ def table(experiment: Experiment, models: list[Model], test: bool) -> list[dict]
 
 def write(experiment: Experiment, models: list[Model], made: dict[str, stages.Made], began: float) -> None:
     """summary.json, report.html and the table on the terminal."""
-    config, workdir = experiment.config, experiment.workdir
-    tables = {f"{split} prompts": table(experiment, models, split == "Held-out") for split in ("Held-out", "Training")}
-    captions = scenes.held_out(SHOWN, config.eval.seed + 1)
+    config, workdir, world = experiment.config, experiment.workdir, experiment.world
+    tables = {f"{split} prompts": table(experiment, models, split == "Held-out") for split in world.splits}
+    shown = world.held_out(world.shown, config.eval.seed + 1)
     samples = [
         report.Samples(
             f"{task}: the same prompts and the same noise for every model",
             texts,
             {model.name: experiment.pictures(model.adapters[0], texts) for model in models},
         )
-        for task, texts in captions.items()
+        for task, texts in shown.items()
     ]
-    main = made.get("flow_opd", experiment.base)
+    main = made.get("flow_opd", world.base)
     timings = {name: part.seconds for name, part in made.items() if name != "base"}
     summary = {
         "table": tables["Held-out prompts"],
-        "table_of_training_prompts": tables["Training prompts"],
+        "table_of_training_prompts": tables.get("Training prompts", []),
         "params_sha256": main.sha256,
         "params_sha256_of": {name: part.sha256 for name, part in made.items()},
         "seconds": timings | {"total": time.time() - began},
@@ -334,12 +354,11 @@ def write(experiment: Experiment, models: list[Model], made: dict[str, stages.Ma
         timings=timings,
         versions=versions(),
         notes=[
-            "composition and ocr are of their own prompts, quality of both; average is of the three. strict is the "
-            "share of pictures right in every respect, tesseract an OCR engine's reading; nothing trained on these. "
-            "Seconds and images of a student include its teachers'; those of shipped models are of the machine that "
-            "made them.",
+            f"{world.note} Seconds and images of a student include its teachers'; those of shipped models are of the "
+            "machine that made them, those of given ones are not counted.",
             f"params_sha256 of flow_opd: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
         ],
     )
     print(report.format_table(tables["Held-out prompts"]))
-    print(f"\nreport: {workdir / 'report.html'}    pictures: python experiments/sample.py {workdir} 'a red circle'")
+    example = shlex.quote(world.example)
+    print(f"\nreport: {workdir / 'report.html'}    pictures: python experiments/sample.py {workdir} {example}")

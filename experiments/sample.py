@@ -1,6 +1,9 @@
 """Draws pictures from any stage of a finished or running flow run.
 
 python experiments/sample.py WORKDIR "two red circles left of a blue square" [--stage=flow_opd_seed0] [--count=16]
+
+Of a run on a Stable Diffusion 3 directory it draws prompts of the run's files; for others export the stage, and load it
+in diffusers.
 """
 
 import os
@@ -12,9 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import flow_methods, scenes, stages
+from experiments import flow_methods, flow_opd, latents, scenes, stages
 from opd_jax import config as config_lib
-from opd_jax import report
+from opd_jax import report, sharding
 from opd_jax.config import ConfigError
 from opd_jax.worlds.scenes import parse
 
@@ -25,12 +28,16 @@ _STEPS = flags.DEFINE_integer("steps", None, "Steps of the ODE; default as in th
 _OUT = flags.DEFINE_string("out", None, "PNG to write; default WORKDIR/samples/STAGE.png.")
 
 
-def checkpoints(workdir: Path, with_shipped: bool) -> dict[str, Path]:
-    """Every stage with parameters, the latest last: those shipped, if the run starts from them, and those it made."""
+def checkpoints(workdir: Path, with_shipped: bool | None) -> dict[str, Path]:
+    """Every stage with parameters, the latest last: those it made, and those shipped, if the run starts from them.
+
+    Args:
+        with_shipped: False for the shipped base alone, None for nothing shipped.
+    """
     own = sorted([*workdir.glob("*.safetensors"), *(workdir / "stages").glob("*.safetensors")], key=os.path.getmtime)
     found = {path.stem.removeprefix("scenes_"): path for path in sorted(stages.SHIPPED.glob("scenes_*.safetensors"))}
     if not with_shipped:
-        found = {"base": found["base"]}
+        found = {} if with_shipped is None else {"base": found["base"]}
     for path in own:
         name = path.stem.rsplit("-", 1)[0]
         found.pop("base" if name == "random_base" else name, None)
@@ -44,30 +51,39 @@ def main(argv) -> None:
     workdir, captions = Path(argv[1]), argv[2:]
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
+    config = config_lib.load(workdir / "config.json")
+    pipeline = config.get("world") == "pipeline"
     try:
-        captions = [parse(caption).caption for caption in captions]
+        captions = captions if pipeline else [parse(caption).caption for caption in captions]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config = config_lib.load(workdir / "config.json")
-    found = checkpoints(workdir, config.get("shipped", False))
+    found = checkpoints(workdir, None if pipeline else config.get("shipped", False))
     students = [name for name in found if name.startswith("flow_opd_seed")]
     stage = _STAGE.value or (students or list(found))[-1]
     if stage not in found:
         raise ConfigError(f"--stage={stage}: not made yet; there are {', '.join(found)}")
     made = stages.load(found[stage])
-    model = scenes.module(config)
-    if "pos_embed" in made.params:  # a backbone, not an adapter
-        velocity = scenes.full_velocity(model)
-    else:
-        base = stages.load(found["random_base" if "random_base" in found else "base"])
-        velocity = flow_methods.adapted_velocity(model, config.lora.scale, base.params)
     each = [caption for caption in captions for _ in range(_COUNT.value)]
-    steps = _STEPS.value or config.eval.steps
-    images = scenes.pictures(velocity, made.params, each, steps=steps, shift=config.eval.shift, seed=_SEED.value)
+    settings = flow_opd.sampler(config) | {"seed": _SEED.value} | ({"steps": _STEPS.value} if _STEPS.value else {})
+    if pipeline:
+        world = latents.Pipeline(config, workdir, sharding.make_mesh(), {})
+        images = world.pictures(made.params, each, **settings)
+    else:
+        velocity = scenes_velocity(config, found, made)
+        images = scenes.pictures(velocity, made.params, each, **settings)
     path = Path(_OUT.value) if _OUT.value else workdir / "samples" / f"{stage}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.image_grid(images, min(_COUNT.value, 8), 4).save(path)
+    report.image_grid(images, min(_COUNT.value, 8), 1 if pipeline else 4).save(path)
     print(f"{path}: {len(images)} pictures from {stage}", file=sys.stdout)
+
+
+def scenes_velocity(config, found: dict[str, Path], made: stages.Made):
+    """That of a backbone, or of an adapter on the run's base."""
+    model = scenes.module(config)
+    if "pos_embed" in made.params:
+        return scenes.full_velocity(model)
+    base = stages.load(found["random_base" if "random_base" in found else "base"])
+    return flow_methods.adapted_velocity(model, config.lora.scale, base.params, scenes.encode)
 
 
 if __name__ == "__main__":

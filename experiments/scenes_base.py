@@ -65,7 +65,7 @@ def method(config, velocity) -> tuple:
     @jax.jit
     def sample(_, batch, key):
         keys = rng.per_record(key, batch["image"].shape[0])
-        return flow_matching.noised(batch["image"], batch["tokens"], keys, config.time_center, config.time_spread)
+        return flow_matching.noised(batch["image"], batch["condition"], keys, config.time_center, config.time_spread)
 
     decay = (config.steps, config.decay_steps)
     optimizer = optim.adamw(config.learning_rate, warmup=config.warmup, decay=decay, weight_decay=config.weight_decay)
@@ -107,7 +107,9 @@ def run(config, workdir, mesh) -> None:
     captions = pieces.held_out(config.eval.prompts, config.eval.seed)
     sampler = {name: config.eval[name] for name in ("steps", "shift", "seed")}
     velocity = pieces.full_velocity(pieces.module(config))
-    rows = [{"model": "base"} | pieces.score(velocity, made.params, captions, **sampler)]
+    images = {task: pieces.pictures(velocity, made.params, texts, **sampler) for task, texts in captions.items()}
+    rewards, others = pieces.score(images, captions)
+    rows = [{"model": "base"} | rewards | others]
     seconds["total"] = time.time() - began
     report.write_summary(workdir / "summary.json", {"table": rows, "params_sha256": made.sha256, "seconds": seconds})
     print(report.format_table(rows))

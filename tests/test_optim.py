@@ -165,3 +165,12 @@ def test_width_is_a_matter_of_each_device():
         assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="8 records do not divide into 2 parts on each of 8 dev"):
         token_update(ragged(), micro_batches=2, widths=(4,))
+
+
+def test_a_function_in_parts_is_the_function_of_the_whole():
+    tree = {"x": jnp.arange(24.0).reshape(12, 2), "key": jax.random.split(jax.random.key(0), 12), "none": None}
+    of = lambda part: {"noisy": part["x"] + jax.vmap(jax.random.normal)(part["key"])[:, None], "x": part["x"][:, 0]}
+    for parts in (1, 3, 12):
+        jax.tree.map(np.testing.assert_array_equal, optim.in_parts(of, tree, parts), of(tree))
+    with pytest.raises(ValueError, match="12 records do not divide into 5 parts"):
+        optim.in_parts(of, tree, 5)

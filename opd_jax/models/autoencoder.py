@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from opd_jax.optim import split
+from opd_jax.optim import in_parts
 
 Features = Float[Array, "B H W D"]
 PAD_ONE = ((1, 1), (1, 1))
@@ -135,10 +135,7 @@ def latents_to_images(
 
 
 def _in_parts(module: Autoencoder, params: Any, x: Array, method: str, parts: int) -> Any:
-    apply = lambda part: module.apply({"params": params}, part, method=method)
-    if parts == 1:
-        return apply(x)
-    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), jax.lax.map(apply, split(x, parts)))
+    return in_parts(lambda part: module.apply({"params": params}, part, method=method), x, parts)
 
 
 class _Encoder(nn.Module):

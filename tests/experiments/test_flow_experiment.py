@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import threading
-import types
 from pathlib import Path
 
 import jax
@@ -43,7 +42,7 @@ def test_shipped_weights_are_small_whole_and_say_how_they_were_made(name):
 def test_shipped_recipes_are_those_of_the_configs():
     """What `default` starts from is what `full` would make: the hashes of the recipes agree."""
     config = flow_opd.get_config()
-    base = stages.load(experiment.SHIPPED_BASE)
+    base = stages.load(scenes.SHIPPED_BASE)
     assert base.recipe == list(pretraining.recipes(scenes_base.get_config()).values())[-1]
     for name, part in experiment.grpo_parts(config).items():
         recipe = stages.recipe_of(experiment.grpo_settings(config, part), base.sha256)
@@ -125,6 +124,15 @@ def test_a_stage_is_made_once(tmp_path):
     assert len(set(calls)) == 2, "another recipe has checkpoints of its own"
 
 
+class World(scenes.Scenes):
+    """The scenes with a backbone of the test's."""
+
+    def __init__(self, model, backbone):
+        wearing = model, 1.0, backbone, scenes.encode
+        self.velocity = flow_methods.adapted_velocity(*wearing)
+        self.routed = flow_methods.routed_velocity(*wearing)
+
+
 def pieces(devices):
     """Flow-OPD on a tiny model over some of the eight devices."""
     config = flow_opd.get_config("tiny")
@@ -133,19 +141,18 @@ def pieces(devices):
     params = scenes.init_params(model, 0)
     params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     backbone = sharding.replicate(params, mesh)
-    velocity = flow_methods.adapted_velocity(model, 1.0, backbone)
-    routed = flow_methods.routed_velocity(model, 1.0, backbone)
+    world = World(model, backbone)
     adapters = [lora.init(rng.stream(i, "a"), params, config.lora.pattern, 2) for i in range(3)]
     adapters = [jax.tree.map(lambda x, i=i: x + 0.02 * (i + 1), adapter) for i, adapter in enumerate(adapters)]
     recipe = experiment.arm_recipe(config, "flow_opd")
-    update, optimizer = flow_methods.opd_update(velocity, recipe, config)
-    method = flow_methods.opd_method(velocity, routed, update, config, recipe)
+    update, optimizer = flow_methods.opd_update(world.velocity, recipe, config)
+    method = flow_methods.opd_method(world, update, config, recipe)
     captions = [text for texts in scenes.held_out(4, 0, False).values() for text in texts]
-    batch = {"tokens": scenes.tokens_of(captions), "task": np.repeat(np.arange(2, dtype=np.int32), 4)}
+    batch = {"condition": scenes.tokens_of(captions), "task": np.repeat(np.arange(2, dtype=np.int32), 4)}
     batch = sharding.shard_batch(batch, mesh)
     teachers = sharding.replicate((adapters[:2], adapters[2]), mesh)
     state = sharding.replicate(optim.init_state(lora.average(adapters), optimizer), mesh)
-    return method, state, batch, teachers, velocity
+    return method, state, batch, teachers, world
 
 
 def step(devices):
@@ -170,7 +177,8 @@ def test_one_device_equals_eight(one_device):
 
 
 def test_every_record_is_labelled_by_its_own_teacher():
-    method, state, batch, (teachers, anchor), velocity = pieces(1)
+    method, state, batch, (teachers, anchor), world = pieces(1)
+    velocity = world.velocity
     rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
     labels = method.label((teachers, anchor), rollout)
     x, t = rollout.states[:, 1], rollout.times[:, 1]
@@ -183,23 +191,23 @@ def test_every_record_is_labelled_by_its_own_teacher():
 
 
 def test_the_position_embedding_and_backbone_stay_frozen():
-    method, state, batch, teachers, velocity = pieces(1)
-    before = jax.device_get(velocity.args)
+    method, state, batch, teachers, world = pieces(1)
+    before = jax.device_get(world.velocity.args)
     rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
     method.update(state, rollout, method.label(teachers, rollout), rng.stream(0, "update"))
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(velocity.args))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(world.velocity.args))
 
 
 @pytest.mark.parametrize("form", ["awm", "flow_grpo"])
 def test_a_specialist_is_held_to_where_it_started(form):
     """At the first update the student is its reference, as far as 0 from it; another student is not."""
-    _, _, batch, (teachers, _), velocity = pieces(1)
+    _, _, batch, (teachers, _), world = pieces(1)
     config = flow_opd.get_config("tiny").copy_and_resolve_references()
     with config.unlocked():
-        config.grpo.method = form
+        config.grpo.method, config.sampler.steps = form, 5  # two more than the window
     recipe = experiment.grpo_recipe(config, config.teachers.ocr)
-    update, optimizer = flow_methods.grpo_update(velocity, recipe)
-    method = flow_methods.grpo_method(velocity, ("quality", "quality"), update, config, recipe)
+    update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
+    method = flow_methods.grpo_method(world, ("quality", "quality"), update, config, recipe, world.reward)
     distances = []
     for adapter in teachers:
         rollout = method.sample(adapter, batch, rng.stream(0, "sample"))
@@ -227,7 +235,7 @@ def test_a_specialist_may_be_judged_by_a_server(monkeypatch, tmp_path):
 
     server = serve.Server(scorer, name="mean", version="1")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    _, _, batch, (teachers, _), velocity = pieces(1)
+    _, _, batch, (teachers, _), world = pieces(1)
     config = flow_opd.get_config("tiny").copy_and_resolve_references()
     part = {"kind": "http", "url": f"http://127.0.0.1:{server.server_port}", "batch_size": 64, "patience": 0}
     with config.unlocked():
@@ -240,10 +248,11 @@ def test_a_specialist_may_be_judged_by_a_server(monkeypatch, tmp_path):
     assert settings["judges"]["mean"]["weights"] == {"a": 1.0, "b": 1.0}
     assert "judges" not in experiment.grpo_settings(config, config.teachers.composition)
     recipe = experiment.grpo_recipe(config, part)
-    update, optimizer = flow_methods.grpo_update(velocity, recipe)
-    stub = types.SimpleNamespace(judges={"mean": combination.Rewards(**config.judges.mean.to_dict())}, workdir=tmp_path)
-    judge = functools.partial(experiment.Experiment.judge, stub)
-    method = flow_methods.grpo_method(velocity, ("mean", "mean"), update, config, recipe, judge)
+    update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
+    stub = object.__new__(experiment.Experiment)
+    stub.workdir, stub.world = tmp_path, world
+    stub.judges = {"mean": combination.Rewards(**config.judges.mean.to_dict())}
+    method = flow_methods.grpo_method(world, ("mean", "mean"), update, config, recipe, stub.judge)
     rollout = method.sample(teachers[0], batch, rng.stream(0, "sample"))
     labels = method.label(teachers[0], rollout)
     server.shutdown()
@@ -262,7 +271,7 @@ def test_a_specialist_may_be_judged_by_a_server(monkeypatch, tmp_path):
     with config.unlocked():
         config.judges.mean.weights.c = 1.0
         config.judges.ocr = {"weights": {}, "rewards": {}}
-        config.teachers.ocr.rewards = ("nobody",)
+        config.teachers.ocr.rewards, config.teachers.quality.rewards = ("nobody",), ("mean", "mean")
     with pytest.raises(ConfigError) as error:
         experiment.validate(config, mesh)
     for match in (

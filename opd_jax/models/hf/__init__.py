@@ -1,15 +1,16 @@
 """Checkpoints in the Hugging Face layout, read and written without torch."""
 
-from opd_jax.models.hf.autoencoder import load_autoencoder, save_autoencoder
+from opd_jax.models.hf.autoencoder import autoencoder_of, load_autoencoder, save_autoencoder
 from opd_jax.models.hf.decoder import load_decoder, save_decoder
 from opd_jax.models.hf.gpt2 import load_gpt2, save_gpt2
 from opd_jax.models.hf.lora import load_lora, save_lora
-from opd_jax.models.hf.mmdit import load_mmdit, save_mmdit
+from opd_jax.models.hf.mmdit import load_mmdit, mmdit_of, save_mmdit
 from opd_jax.models.hf.scheduler import load_shift
 from opd_jax.models.hf.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 from opd_jax.models.hf.vlm import load_vlm, save_vlm
 
 __all__ = [
+    "autoencoder_of",
     "check_same_tokenizer",
     "load_autoencoder",
     "load_decoder",
@@ -18,6 +19,7 @@ __all__ = [
     "load_mmdit",
     "load_shift",
     "load_vlm",
+    "mmdit_of",
     "save_autoencoder",
     "save_decoder",
     "save_gpt2",

@@ -59,7 +59,7 @@ def load_autoencoder(directory: str | Path) -> tuple[Autoencoder, Params]:
             key it does not know, every missing or unexpected tensor, or the tensor whose shape is wrong.
     """
     directory = Path(directory)
-    module = _module(directory / "config.json")
+    module = autoencoder_of(directory)
     expected = {_diffusers_name(path): (path, leaf.shape) for path, leaf in _shapes(module).items()}
     files = TensorFiles(directory, WEIGHTS)
     missing, extra = sorted(expected.keys() - files.names), sorted(files.names - expected.keys())
@@ -95,7 +95,9 @@ def save_autoencoder(module: Autoencoder, params: Params, directory: str | Path)
     write_atomic(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _module(file: Path) -> Autoencoder:
+def autoencoder_of(directory: str | Path) -> Autoencoder:
+    """The module alone, from `config.json`; no weights are read. Raises: as `load_autoencoder`, of that file."""
+    file = Path(directory) / "config.json"
     config = read_json(file)
     if config.get("_class_name") != CLASS_NAME:
         raise ConfigError(f"{file} has _class_name={config.get('_class_name')!r}; only {CLASS_NAME!r} is known")

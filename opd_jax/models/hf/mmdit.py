@@ -71,7 +71,7 @@ def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
         tensor, or the tensor whose shape is wrong.
     """
     directory = Path(directory)
-    module = _module(directory / "config.json")
+    module = mmdit_of(directory)
     expected = {diffusers_name(path): (path, leaf.shape) for path, leaf in shapes_of(module).items()}
     files = TensorFiles(directory, WEIGHTS)
     missing, extra = sorted(expected.keys() - files.names), sorted(files.names - expected.keys())
@@ -105,7 +105,9 @@ def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def _module(file: Path) -> MMDiT:
+def mmdit_of(directory: str | Path) -> MMDiT:
+    """The module alone, from `config.json`; no weights are read. Raises: as `load_mmdit`, of that file."""
+    file = Path(directory) / "config.json"
     config = read_json(file)
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{file} has _class_name={config.get('_class_name')!r}; only {CLASS_NAME!r} is known")
