@@ -161,7 +161,7 @@ def _expert_labels(states, *, steps: int, sigma: float, floor: float) -> ActionL
     return ActionLabels(action_tokens.expert_logits(plans, sigma, floor))
 
 
-def expert_labels(steps: int, sigma: float, floor: float):
+def expert_labels(steps: int, sigma: float, floor: float = 0.0):
     """`Method.label`: the scripted expert's chunk from every state, as a distribution over bins."""
     return lambda _, rollout: _expert_labels(rollout.states, steps=steps, sigma=sigma, floor=floor)
 

@@ -157,3 +157,13 @@ def test_an_experts_distribution_at_the_ends_is_finite_and_counts_no_bin_twice(s
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_with_a_floor_no_mistake_costs_more_than_the_floor_says():
+    actions = jnp.array([-1.0, 0.3])
+    plain, floored = (np.asarray(action_tokens.expert_logits(actions, 0.1, floor), np.float64) for floor in (0, 0.01))
+    expected = 0.99 * np.exp(plain) / np.exp(plain).sum(-1, keepdims=True) + 0.01 / action_tokens.NUM_BINS
+    np.testing.assert_allclose(np.exp(floored), expected, rtol=1e-4)
+    np.testing.assert_allclose(floored.min(), np.log(0.01 / 256), rtol=1e-5)
+    with pytest.raises(ValueError, match="floor=1"):
+        action_tokens.expert_logits(actions, 0.1, 1)
