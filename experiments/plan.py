@@ -40,9 +40,6 @@ _STEPS = flags.DEFINE_list("steps", [], "Names of steps to plan alone, such as l
 _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour.")
 
 
-REMAT = "--config.compute.remat=True"
-
-
 class Priced(NamedTuple):
     """A step as compiled."""
 
@@ -230,7 +227,8 @@ def search(config, where: Topology) -> bool:
                     found.append(row | {"peak GiB": round(peak, 2), "hours": float(f"{hours(done):.3g}")})
                 break  # fewer parts read the parameters less often: the first that fits is the fastest
     found.sort(key=lambda row: row["hours"])
-    print(report.format_table(found) if found else f"nothing fits: take more chips, shorter answers or {REMAT}")
+    remedy = "take more chips, shorter answers or --config.compute.remat=True"
+    print(report.format_table(found) if found else f"nothing fits: {remedy}")
     return bool(found)
 
 

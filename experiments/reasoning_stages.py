@@ -11,7 +11,7 @@ import jax
 
 from experiments import language, reasoning_stores, stages, token_methods
 from experiments.reasoning_stores import Teacher
-from opd_jax import rng, sharding
+from opd_jax import hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError, command_line
 from opd_jax.losses import opd
@@ -279,8 +279,8 @@ class Experiment:
     def export(self, name: str, made: stages.Made) -> None:
         """A student as a Hugging Face directory, where it came from one."""
         directory = self.workdir / "models" / name
-        if self.config.student.path and not directory.exists():
-            save_decoder(self.module, made.params, directory, like=self.config.student.path)
+        if like := self.config.student.path:
+            hosts.by_first(lambda: directory.exists() or save_decoder(self.module, made.params, directory, like=like))
 
 
 def store_id(source: store.Store) -> str:

@@ -175,9 +175,10 @@ class Experiment:
     def export(self, name: str, made: stages.Made) -> None:
         """A student as a Hugging Face directory, where it came from one."""
         directory, like = self.workdir / "models" / name, self.config.student.path
-        if like and not directory.exists():
+        if like:
             module = self.setup.student.module
-            (save_decoder if isinstance(module, Decoder) else save_vlm)(module, made.params, directory, like=like)
+            save = save_decoder if isinstance(module, Decoder) else save_vlm
+            hosts.by_first(lambda: directory.exists() or save(module, made.params, directory, like=like))
 
 
 def order_violations(lines: list[dict]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.worlds import tabletop, tabletop_skills
-from opd_jax.worlds.tabletop_bodies import COLORS, KINDS
+from opd_jax.worlds.tabletop_bodies import COLORS, GAP_MAX, GAP_MIN, KINDS
 from opd_jax.worlds.tabletop_render import LOOKS, locate
 
 COUNT, STEPS = 96, 75
@@ -59,6 +59,19 @@ def test_what_is_named_is_there_once_and_no_task_is_practised(moments):
 def test_doing_what_the_chunks_say_gets_it_done(after, kinds, kind, least):
     assert kinds[kind].sum() > 8
     assert after[kinds[kind]].mean() >= least
+
+
+def test_fingers_of_empty_hands_may_be_closed(moments):
+    """Where asked, all of them, half of these entirely; nothing else is another."""
+    draw = jax.jit(jax.vmap(tabletop_skills.moment, (0, None)))
+    missed = draw(jax.random.split(jax.random.key(0), COUNT), 1.0)
+    empty = np.asarray(moments.state.held < 0)
+    assert (np.asarray(moments.state.gap)[empty] == GAP_MAX).all()
+    assert (np.asarray(missed.state.gap)[empty] < GAP_MAX).all()
+    assert 0.25 < (np.asarray(missed.state.gap)[empty] == np.float32(GAP_MIN)).mean() < 0.75
+    np.testing.assert_array_equal(missed.state.gap[~empty], moments.state.gap[~empty])
+    np.testing.assert_array_equal(missed.instruction, moments.instruction)
+    np.testing.assert_array_equal(missed.state.position, moments.state.position)
 
 
 def test_a_chunk_is_a_plan(moments):
