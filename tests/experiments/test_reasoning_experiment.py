@@ -249,6 +249,7 @@ def test_a_served_teacher_labels_as_the_same_one_in_this_process(directories, se
     monkeypatch.delenv("http_proxy", raising=False)
     mesh, metrics = sharding.make_mesh({"data": 8}), {}
     small = {"sampler__slots": 8, "opd__batch_size": 8, "opd__micro_batches": 1, "sft__batch_size": 8, "sft__steps": 0}
+    small["compute__dtype"] = "float32"  # as the server
     for name, url in (("here", ""), ("served", serve)):
         config = own_config(directories, **small, teachers__own__url=url)
         with config.unlocked():
