@@ -75,6 +75,7 @@ def language_experiment() -> ConfigDict:
             "dtype": "float32",  # of products and of the cache; or bfloat16
             "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
             "offload": False,  # True: moments and average wait in the host's memory between updates
+            "sampling_copy": True,  # samplers read a copy that is whole over fsdp; False: gathered for every token
         },
         "teachers": {
             "own": {"path": "", "layers": 0, "url": "", "api": "vllm", "served_model": ""},
@@ -174,4 +175,5 @@ OPENVLA = {
     "proprioception": False,
     "dtype": "float32",  # of products, or bfloat16; parameters that are trained are float32
     "remat": False,  # True: blocks are computed again in the backward pass, and not kept
+    "sampling_copy": True,  # episodes read a copy that is whole over fsdp; False: gathered at every decision
 }

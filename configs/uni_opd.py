@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "dtype": "float32",  # of products and of the cache; or bfloat16
             "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
             "offload": False,  # True: moments and average wait in the host's memory between updates
+            "sampling_copy": True,  # samplers read a copy that is whole over fsdp; False: gathered for every token
         },
         "teachers": {},  # NAME: as TEACHER, where problems.path is given
         "problems": {

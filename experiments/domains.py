@@ -70,11 +70,12 @@ def module_of(model, pictures: int = 1) -> Decoder | vlm.VLM:
     return vlm.VLM(Vision(**model.vision), decoder, rope_sections=tuple(model.rope_sections), images_per_row=pictures)
 
 
-def functions(module: Decoder | vlm.VLM, bank: ImageBank, vocab_size: int) -> LanguageModel:
-    """Its functions, with the bank where it reads pictures."""
+def functions(module: Decoder | vlm.VLM, bank: ImageBank, vocab_size: int, copy: bool = True) -> LanguageModel:
+    """Its functions, with the bank where it reads pictures; `copy` as of `language.functions`."""
     if isinstance(module, Decoder):
-        return language.functions(module, vocab_size)
-    return LanguageModel(*vlm.functions(module, bank, vocab_size), module.head, vocab_size)
+        return language.functions(module, vocab_size, copy)
+    gathered = module.gathered if copy else language.as_they_are
+    return LanguageModel(*vlm.functions(module, bank, vocab_size), module.head, vocab_size, gathered)
 
 
 def init(module: Decoder | vlm.VLM, bank: ImageBank, key) -> dict:

@@ -20,8 +20,8 @@ from opd_jax.sampling.tokens import Prompts, SamplingParams
 from opd_jax.types import Method, TokenRollout
 
 
-@functools.partial(jax.jit, static_argnames=("init_cache", "how", "room", "rollouts"))
-def continuations(decode_fn, params, batch, key, *, init_cache, how, room, rollouts: int = 1) -> TokenRollout:
+@functools.partial(jax.jit, static_argnames=("init_cache", "gathered", "how", "room", "rollouts"))
+def continuations(decode_fn, params, batch, key, *, init_cache, gathered, how, room, rollouts: int = 1) -> TokenRollout:
     """The student's continuations of every record's prompt, `rollouts` next to each other; nobody's are empty.
 
     A record's are functions of its prompt, the student and a key of its own.
@@ -30,6 +30,7 @@ def continuations(decode_fn, params, batch, key, *, init_cache, how, room, rollo
     index = rows["index"]
     keys = rng.per_record(key, len(index))
     prompts = Prompts(rows["tokens"][:, :room], rows["prompt"], keys, index, jnp.zeros_like(index))
+    decode_fn, params = gathered((decode_fn, params))
     return without_nobody(sampling.generate(decode_fn, init_cache, params, prompts, how))
 
 
@@ -47,8 +48,9 @@ def own_text(batch, rollouts: int = 1) -> TokenRollout:
 def sample(student: LanguageModel, how: SamplingParams, room: int, recipe):
     """`Method.sample`: with probability lambda the student's continuations, else the records' own."""
     continued = functools.partial(
-        continuations, init_cache=student.init_cache, how=how, room=room, rollouts=recipe.rollouts
-    )
+        continuations, init_cache=student.init_cache, gathered=student.gathered, how=how, room=room,
+        rollouts=recipe.rollouts,
+    )  # fmt: skip
 
     def draw(params, batch, key):
         if dp_opd.on_policy(jax.random.fold_in(key, 0), recipe.on_policy):
@@ -82,7 +84,9 @@ def adapted(module: nn.Module, vocab_size: int, backbone, scale: float) -> Langu
     of = lambda function: Partial(functools.partial(function, module, vocab_size, scale), backbone)
     head = of(_frozen_head)
     whole = Partial(functools.partial(_frozen_head, module, None, scale), backbone)
-    return LanguageModel(of(_adapted_hidden), head, of(_adapted_decode), module.init_cache, whole, vocab_size)
+    return LanguageModel(
+        of(_adapted_hidden), head, of(_adapted_decode), module.init_cache, whole, vocab_size, module.gathered
+    )
 
 
 def _frozen_head(module, vocab_size, scale, backbone, adapter):

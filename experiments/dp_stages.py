@@ -260,7 +260,7 @@ class Experiment:
         for number, batch in enumerate(dp_records.in_batches(texts, self.mesh)):
             drawn = dp_methods.continuations(
                 model.decode, params, batch, rng.at_step(key, number),
-                init_cache=model.init_cache, how=self.sampler, room=room,
+                init_cache=model.init_cache, gathered=model.gathered, how=self.sampler, room=room,
             )  # fmt: skip
             parts.append((np.asarray(drawn.tokens), np.asarray(drawn.length)))
         tokens, length = (np.concatenate(column)[: texts.count] for column in zip(*parts))

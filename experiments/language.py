@@ -51,9 +51,15 @@ class LanguageModel(NamedTuple):
     init_cache: Callable
     whole_head: Callable[[PyTree], jax.Array]  # params -> [D, V], with the padding that a checkpoint has
     vocab_size: int
+    gathered: Callable[[PyTree], PyTree]  # params, or what holds them, as a loop of `decode` reads them
 
 
-def functions(module: Decoder, vocab_size: int) -> LanguageModel:
+def functions(module: Decoder, vocab_size: int, copy: bool = True) -> LanguageModel:
+    """A model's functions.
+
+    Args:
+        copy: whether the sampler reads a copy of the parameters that is not split over `fsdp` (`sharding.gathered`).
+    """
     return LanguageModel(
         Partial(functools.partial(_hidden, module)),
         functools.partial(_head, module, vocab_size),
@@ -61,7 +67,18 @@ def functions(module: Decoder, vocab_size: int) -> LanguageModel:
         module.init_cache,
         module.head,
         vocab_size,
+        module.gathered if copy else as_they_are,
     )
+
+
+def as_they_are(params: PyTree) -> PyTree:
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gathered(of: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """`LanguageModel.gathered`, compiled."""
+    return of(params)
 
 
 def _hidden(module, params, tokens, segment_ids):
@@ -223,8 +240,9 @@ def answer_all(
     prompts = sampling.as_prompts(problems.ids, room, key, problems.tasks, samples)
     devices = 1 if mesh is None else sharding.record_parts(mesh)
     admit = max(slots // 2 // devices, 1) * devices
+    decode, params = gathered(model.gathered, (model.decode, params))
     rollout = sampling.generate_in_slots(
-        model.decode, model.init_cache, params, prompts, how, slots=slots, admit=admit, mesh=mesh
+        decode, model.init_cache, params, prompts, how, slots=slots, admit=admit, mesh=mesh
     )
     return hosts.fetch(rollout)
 

@@ -114,8 +114,8 @@ def steps(config, mesh, name: str) -> list[Step]:
     frozen = 0 if start is student.params else bytes_of(student.params)  # an argument of sample and update
     batch = _batch(config, places, records)
     draw = functools.partial(
-        dp_methods.continuations, trained.decode, init_cache=trained.init_cache, how=how, room=room,
-        rollouts=recipe.rollouts,
+        dp_methods.continuations, trained.decode, init_cache=trained.init_cache, gathered=trained.gathered, how=how,
+        room=room, rollouts=recipe.rollouts,
     )  # fmt: skip
     text = places.rows(result(dp_methods.own_text, batch, recipe.rollouts))
     labels = places.rows(result(dp_methods.label, teacher.functions.hidden, teacher.params, text))
@@ -137,8 +137,8 @@ def _stored(config, student: Model, teacher: Model, how, places: Places) -> list
     waves = math.ceil(count_of(config) / dp_records.BATCH)
     one = functools.partial(Step, count=dp_records.BATCH, unit="texts", float32=True)
     draw = functools.partial(
-        dp_methods.continuations, student.functions.decode, init_cache=student.functions.init_cache, how=how,
-        room=config.prompt_tokens,
+        dp_methods.continuations, student.functions.decode, init_cache=student.functions.init_cache,
+        gathered=student.functions.gathered, how=how, room=config.prompt_tokens,
     )  # fmt: skip
     read = lowering(dp_records.states, teacher.functions.hidden, teacher.params, batch["tokens"])
     return [

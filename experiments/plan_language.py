@@ -33,7 +33,9 @@ class Setup:
         kept = {"student": jnp.float32, "teacher": jnp.float32 if shipped else jnp.bfloat16}
         self.params = {name: self.places.params(shapes_of(module, kept[name])) for name, module in modules.items()}
         vocab = min(student.vocab_size, teacher.vocab_size)
-        self.student, self.teacher = (language.functions(module, vocab) for module in modules.values())
+        self.student, self.teacher = (
+            language.functions(module, vocab, config.compute.sampling_copy) for module in modules.values()
+        )
         self.start = 0 if shipped else bytes_of(self.places.params(shapes_of(student, jnp.float32)))
         self.room, self.longest = config.problems.prompt_tokens, config.sampler.max_new_tokens
         self.how = sampling_params(config.sampler, self.longest, (0,), 0)

@@ -133,10 +133,8 @@ def bytes_of(*trees: PyTree) -> int:
 
 def check_parts(mesh: Mesh, name: str, records: int, parts: int) -> None:
     """Raises: ConfigError: the records of a micro-batch do not split over the devices, which would repeat work."""
-    for count, what in ((records, "records"), (records // parts, "records of a micro-batch")):
-        if wrong := sharding.uneven(count, mesh, what):
-            settings = f"micro_batches={parts} or mesh={dict(mesh.shape)}"
-            raise ConfigError(f"arm {name}: {wrong}, or change {settings}")
+    if wrong := sharding.uneven_parts(records, parts, mesh):
+        raise ConfigError(f"arm {name}: {wrong}")
 
 
 def divisors(records: int) -> list[int]:

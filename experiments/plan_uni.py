@@ -47,7 +47,7 @@ class Setup:
         arguments = (jax.ShapeDtypeStruct((1, 2), jnp.int32), *([self.bank] if isinstance(module, VLM) else []))
         kept = jnp.float32 if trained or self.embedded else jnp.bfloat16
         params = self.places.params(plan_steps.shapes_of(module, kept, *arguments))
-        functions = domains.functions(module, self.bank, module.vocab_size)
+        functions = domains.functions(module, self.bank, module.vocab_size, config.compute.sampling_copy)
         return Model(functions, params, "", module)
 
     def pictures(self, module: VLM) -> ImageBank:

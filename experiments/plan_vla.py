@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from experiments import plan_models, plan_steps, vla_methods, vla_policies, vla_stages, vla_tabletop
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
 from experiments.reasoning_stages import arm_recipe
+from opd_jax import sharding
 from opd_jax.losses import vla_opd
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import vla
@@ -59,6 +60,11 @@ class Setup:
         """Float32 of what is trained; of a published teacher as stored."""
         kept = jnp.float32 if trained or not self.published else jnp.bfloat16
         return self.places.params(plan_steps.shapes_of(self.module, kept, self.example))
+
+    def to_act(self, params):
+        """The copy that episodes read."""
+        axes = [axis for axis in self.places.mesh.axis_names if axis != sharding.PARAMETERS]
+        return self.places.params(jax.eval_shape(self.module.gathered, params), sharding.along(self.places.rules, axes))
 
     @property
     def decisions(self) -> int:
@@ -122,14 +128,19 @@ def steps(config, mesh, name: str) -> list[Step]:
     acting_at_once = setup.at_once or episodes  # simulators on the host, or all episodes on the devices
     keys = places.rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), acting_at_once)))
     seen = places.rows(setup.observation(acting_at_once))
-    drawn, _ = result(act, params, seen, keys)
+    acts = setup.to_act(params) if config.student.sampling_copy else params
+    copied = bytes_of(acts) != bytes_of(params)  # else it is the parameters themselves
+    drawn, _ = result(act, acts, seen, keys)
     rollout = places.rows(_rollout(setup, episodes, drawn))
     labels = places.rows(_labels(setup, rollout, recipe))
 
     resting = bytes_of(state) - bytes_of(params)
-    acted = one("act", lowering(act, params, seen, keys), teacher + resting, count=acting_at_once)
-    made = [acted._replace(times=recipe.steps * setup.decisions * -(-episodes // acting_at_once))]
-    every = episodes * setup.decisions
+    held = teacher + resting + (bytes_of(params) if copied else 0)
+    acted = one("act", lowering(act, acts, seen, keys), held, count=acting_at_once)
+    made, every = [], episodes * setup.decisions
+    if copied:
+        made.append(one("copy", lowering(vla_methods.gathered, setup.module, params), teacher + resting, count=every))
+    made.append(acted._replace(times=recipe.steps * setup.decisions * -(-episodes // acting_at_once)))
     if by_policy:
         read = vla_methods.network_labels(policy_fn, recipe.micro_batches)
         made.append(one("label", lowering(read, taught, rollout), bytes_of(state), count=every))

@@ -83,7 +83,7 @@ class Experiment:
         longest = max(len(ids) for problems in self.problems.values() for ids in problems.ids)
         if longest > self.room:
             raise ConfigError(f"problems.prompt_tokens={self.room}: the longest prompt has {longest}; give so many")
-        self.student = language.functions(self.module, self.language.vocab_size)
+        self.student = self.functions(self.module)
 
     def load_directories(self) -> None:
         """A user's models and problems."""
@@ -103,7 +103,7 @@ class Experiment:
         }
         self.module, self.start = language.load_directory(config.student.path, self.mesh, config.compute, trained=True)
         self.start_sha = params_sha256(self.start)
-        self.student = language.functions(self.module, self.language.vocab_size)
+        self.student = self.functions(self.module)
         self.teachers = {}
         for name, one in config.teachers.items():
             if one.path:
@@ -111,8 +111,11 @@ class Experiment:
                 self.teachers[name] = self.local_teacher(name, *loaded)
 
     def local_teacher(self, name: str, module, params) -> Teacher:
-        model = language.functions(module, self.language.vocab_size)
+        model = self.functions(module)
         return Teacher(name, params_sha256(params), model, self.place(params), None)
+
+    def functions(self, module) -> language.LanguageModel:
+        return language.functions(module, self.language.vocab_size, self.config.compute.sampling_copy)
 
     def place(self, tree):
         """Parameters, or a state that holds trees of them, by the rules of the decoder."""

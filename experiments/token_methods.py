@@ -39,17 +39,19 @@ def prompt(problems: Problems, room: int, index: int) -> dict[str, np.ndarray]:
     return {"tokens": np.pad(ids, (0, room - len(ids)))} | {name: np.int32(value) for name, value in whole.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("init_cache", "how", "group"))
-def _answer(decode_fn, params, batch, key, *, init_cache, how, group):
+@functools.partial(jax.jit, static_argnames=("init_cache", "gathered", "how", "group"))
+def _answer(decode_fn, params, batch, key, *, init_cache, gathered, how, group):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), batch)
     index = batch["index"]
     asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, batch["task"])
+    decode_fn, params = gathered((decode_fn, params))
     return sampling.generate(decode_fn, init_cache, params, asked, how, group)
 
 
 def answer(student: LanguageModel, how: SamplingParams, group: int = 1):
     """`Method.sample`: `group` answers to every prompt of a batch."""
-    return functools.partial(_answer, student.decode, init_cache=student.init_cache, how=how, group=group)
+    static = {"init_cache": student.init_cache, "gathered": student.gathered, "how": how, "group": group}
+    return functools.partial(_answer, student.decode, **static)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------

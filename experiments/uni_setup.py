@@ -71,7 +71,7 @@ def of_world(config, mesh) -> Setup:
             params = reasoning_models.load(path, domains_models.recipes(models)[name]).params
         else:
             params = domains.init(module, bank, rng.stream(0, name))
-        functions = domains.functions(module, bank, own.vocab_size)
+        functions = domains.functions(module, bank, own.vocab_size, config.compute.sampling_copy)
         return Model(functions, place(params, mesh), params_sha256(params), module)
 
     shown = sum(problem.domain in domains.PICTURED for problem in asked)
@@ -98,7 +98,7 @@ def of_directories(config, mesh) -> Setup:
     bank = sharding.replicate(read.bank(), mesh)
 
     def bind(module, params) -> Model:
-        functions = domains.functions(module, bank, own.vocab_size)
+        functions = domains.functions(module, bank, own.vocab_size, config.compute.sampling_copy)
         functions = _with_ids_of(functions, read.vocab_size, getattr(module, "vocab_size", read.vocab_size))
         return Model(functions, params, params_sha256(params), module)
 

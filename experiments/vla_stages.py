@@ -43,6 +43,14 @@ class Experiment:
         """Parameters, or a state that holds trees of them, by the rules of the policy."""
         return sharding.shard_params(tree, self.mesh, partition_rules(self.mesh, RULES))
 
+    def to_act(self, params):
+        """A policy's parameters as its episodes read them: a copy that belongs to one rollout."""
+        return vla_methods.gathered(self.module, params) if self.config.student.sampling_copy else params
+
+    def acting(self, method):
+        """The method with `sample` reading that copy."""
+        return method._replace(sample=lambda params, batch, key: method.sample(self.to_act(params), batch, key))
+
     def seen_of(self, suite: str) -> list[int]:
         """The tasks of a suite that arms train on."""
         return [task for task in self.seen if self.world.tasks[task].suite == suite]
@@ -107,12 +115,13 @@ class Experiment:
         stage = f"{name}_seed{seed}"
         if recipe.method == "sft":
             return self.imitate(stage, seed, before.params, recipe.head, self.many, before.sha256)
-        method, upstream, frozen = self.policies[recipe.head].on_policy(recipe), [before.sha256], None
+        (method, optimizer), upstream = self.policies[recipe.head].on_policy(recipe), [before.sha256]
+        learns, frozen = (self.acting(method), optimizer), None
         if recipe.teacher != vla_methods.EXPERT:
             teacher = self.teacher(recipe.teacher, seed)
             upstream, frozen = [*upstream, teacher.sha256], self.put(teacher.params)
         batches = self.scenes(recipe, seed)
-        return self.train(stage, recipe, seed, before.params, method, batches, {}, *upstream, teacher_params=frozen)
+        return self.train(stage, recipe, seed, before.params, learns, batches, {}, *upstream, teacher_params=frozen)
 
     def teacher(self, name: str, seed: int) -> stages.Made:
         """A policy that labels: that of `teacher.path`, or an arm's."""
@@ -144,7 +153,7 @@ class Experiment:
         else:
             starts, key = self.world.starts(asked, part.seed, "test", pad=True), rng.stream(part.seed, "eval")
             plan = self.plan._replace(decisions=vla_methods.decisions_of(self.world, self.tasks, self.plan.executed))
-            acting, params = Acting(plan, split="test"), self.put(params)
+            acting, params = Acting(plan, split="test"), self.to_act(self.put(params))
             good = hosts.fetch(self.world.play(self.policies[head].greedy, params, starts, key, acting).success)
         return dict(zip(self.tasks, good[: len(asked)].reshape(len(self.tasks), part.episodes).mean(1)))
 

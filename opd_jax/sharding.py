@@ -11,10 +11,11 @@ All axes are of type Auto: code is written for the whole ("global") batch and XL
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
@@ -30,6 +31,7 @@ AXES = {  # what each splits
     "tensor": "the inside of layers and the vocabulary",
 }
 RECORDS = ("data", "fsdp")
+PARAMETERS = "fsdp"  # splits every parameter
 VOCABULARY = "tensor"  # splits heads by columns
 TOKENS = "sequence"  # splits the tokens of a record
 
@@ -92,6 +94,14 @@ def record_spec(mesh: Mesh | AbstractMesh | None = None, *before: str | None) ->
 def uneven(batch: int, mesh: Mesh, name: str = "batch_size") -> str:
     """What is wrong with a batch that does not split over the mesh, and the sizes next to it that do; or ""."""
     return _uneven(batch, record_parts(mesh), name)
+
+
+def uneven_parts(records: int, parts: int, mesh: Mesh) -> str:
+    """The same of an update's records, and of those of each of its micro-batches, which devices would repeat."""
+    wrong = uneven(records, mesh, "records")
+    if not wrong and (records % parts or (wrong := uneven(records // parts, mesh, "records of a micro-batch"))):
+        wrong = wrong or f"{records} records do not divide into {parts} micro-batches"
+    return f"{wrong}, or change micro_batches={parts} or mesh={dict(mesh.shape)}" if wrong else ""
 
 
 def uneven_tokens(length: int, mesh: Mesh, name: str) -> str:
@@ -212,7 +222,7 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: put(leaf, where), tree)
 
 
-def param_specs(tree: PyTree, rules: Rules, mesh: Mesh | None = None) -> PyTree:
+def param_specs(tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh | None = None) -> PyTree:
     """The PartitionSpec of every parameter: that of the first rule whose regex is found in `block/dense/kernel`.
 
     A parameter that no rule matches is replicated. On a mesh, of several rules that match the first counts by which the
@@ -237,13 +247,46 @@ def param_specs(tree: PyTree, rules: Rules, mesh: Mesh | None = None) -> PyTree:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def _unsplit(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> str:
+def _unsplit(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> str:
     """What does not split evenly, or ""."""
     for size, axis in zip(shape, spec):
         n = math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
         if size % n:
             return f"{name}: an axis of {size} does not split over {axis}={n}; choose another mesh, or resize it"
     return ""
+
+
+def along(rules: Rules, axes: Collection[str]) -> Rules:
+    """`rules` without all other axes than these."""
+    keep = lambda spec: PartitionSpec(*(axis if axis in axes else None for axis in spec))
+    return tuple((pattern, keep(spec)) for pattern, spec in rules)
+
+
+def gathered(tree: PyTree, rules: Rules, narrowed: str = "", dtype: Any = None) -> PyTree:
+    """Parameters for many calls in a loop: no longer split over `fsdp`, and in the type that products are computed in.
+
+    To be traced before the loop. What `rules` name is gathered once, and left split as they say over the other axes;
+    of parameters that are split over `fsdp` every step of the loop would gather all of them. The rest stays where it
+    is. Without such an axis, on one device say, only types change.
+
+    Args:
+        tree: parameters, or anything that holds trees of them, such as a `Partial` and what it binds.
+        rules: the model's, with the axes of all meshes.
+        narrowed: a regex that finds the parameters which the model casts to `dtype` before anything else. These are
+            cast now, if that makes them smaller; so half as much is gathered, and results are the same bit for bit.
+        dtype: of the model's products.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = along(rules, [axis for axis in mesh.axis_names if axis != PARAMETERS and _automatic(axis)])
+
+    def once(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if narrowed and re.search(narrowed, name) and jnp.dtype(dtype).itemsize < leaf.dtype.itemsize:
+            leaf = leaf.astype(dtype)
+        split = _automatic(PARAMETERS) and any(re.search(pattern, name) for pattern, _ in rules)
+        return jax.lax.with_sharding_constraint(leaf, spec) if split else leaf
+
+    return jax.tree_util.tree_map_with_path(once, tree, param_specs(tree, rules, mesh))
 
 
 def shard_params(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:

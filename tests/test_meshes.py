@@ -18,7 +18,7 @@ from experiments import dp_methods, language, reasoning, token_methods, uni_meth
 from experiments.reasoning_stages import arm_recipe
 from experiments.uni_methods import Judged
 from experiments.uni_setup import Model
-from opd_jax import optim, sharding
+from opd_jax import cost, optim, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import ConfigError
 from opd_jax.losses.lightning_opd import LightningLabels
@@ -84,6 +84,46 @@ def test_the_same_tokens_are_sampled(shape):
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.behavior_logp, expected.behavior_logp, rtol=1e-5, atol=2e-6)
     assert expected.response.any(1).all() and len(np.unique(expected.tokens[expected.response])) > 10
+
+
+# ---- the copy that sampling reads ------------------------------------------------------------------------------------
+
+
+def answering(shape, copy, dtype):
+    """`(answer, parameters, prompts, key)` on a mesh."""
+    mesh = None if shape is None else sharding.make_mesh(shape)
+    model = language.functions(STUDENT.clone(dtype=dtype), LANGUAGE.vocab_size, copy)
+    batch = [token_methods.prompt(PROBLEMS, ROOM, index) for index in range(8)]
+    batch = rows(jax.tree.map(lambda *leaves: np.stack(leaves), *batch), mesh)
+    return token_methods.answer(model, HOW), placed(params_of(STUDENT), mesh), batch, jax.random.key(1)
+
+
+def gathered_bytes(shape, copy):
+    """What a device sends in all-gathers for every token, and once."""
+    answer, *arguments = answering(shape, copy, jnp.float32)
+    text = answer.func.lower(*answer.args, *arguments, **answer.keywords).compile().as_text()
+    one, two = (cost.cost_of(text, trips, 8).collectives["all-gather"].bytes for trips in (1, 2))
+    return two - one, 2 * one - two
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, TENSOR], ids=["fsdp8", "data2-fsdp2-tensor2"])
+def test_parameters_are_gathered_once_and_not_for_every_token(shape):
+    n, tensor = shape["fsdp"], shape.get("tensor", 1)
+    matrices = [leaf for leaf in jax.tree.leaves(params_of(STUDENT)) if leaf.ndim > 1 and min(leaf.shape[-2:]) > 3]
+    all_of_them = sum(4 * leaf.size for leaf in matrices) // tensor * (n - 1) // n
+    each, once = gathered_bytes(shape, copy=True)
+    assert once == all_of_them
+    assert each <= 16, "what a row's logits are summed up to, over tensor"
+    before, _ = gathered_bytes(shape, copy=False)
+    assert before > 0.7 * all_of_them, "or the test sees nothing"
+
+
+@pytest.mark.parametrize("shape", [None, TENSOR], ids=["one device", "data2-fsdp2-tensor2"])
+def test_a_copy_in_bfloat16_changes_no_bit(shape):
+    of = lambda answer, *arguments: jax.device_get(answer(*arguments))
+    found, expected = (of(*answering(shape, copy, jnp.bfloat16)) for copy in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert len(np.unique(found.tokens)) > 10
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

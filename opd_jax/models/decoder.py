@@ -37,12 +37,12 @@ RULES = (
     (r"(o|down)_proj/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/bias$", PartitionSpec(None, "tensor")),
 )
+NARROWED = r"(kernel|embed_tokens/embedding)$"  # what is cast to `dtype` before all else
 
 
 def partition_rules(mesh: Mesh, rules: Rules = RULES) -> Rules:
     """`rules` for `sharding.param_specs`, without the axes that `mesh` does not have."""
-    keep = lambda spec: PartitionSpec(*(axis if axis in mesh.shape else None for axis in spec))
-    return tuple((pattern, keep(spec)) for pattern, spec in rules)
+    return sharding.along(rules, mesh.shape)
 
 
 class Cache(NamedTuple):
@@ -184,11 +184,9 @@ class Decoder(nn.Module):
           causal: False, only without a cache: all see all that `mask` lets them see.
         """
         length = positions.shape[1] if cache is None else cache.k.shape[2]
-        if self.rope.kind == "dynamic" and length > self.rope.original_max_positions:
-            raise ValueError(
-                f"length {length} is beyond the {self.rope.original_max_positions} positions of a dynamic rope; "
-                "use shorter sequences or a yarn rope"
-            )
+        if self.rope.kind == "dynamic" and length > (most := self.rope.original_max_positions):
+            says = f"length {length} is beyond the {most} positions of a dynamic rope"
+            raise ValueError(f"{says}; use shorter sequences or a yarn rope")
         frequencies, scale = self.rope.frequencies(self.head_dim)
         angles = places.astype(jnp.float32) * frequencies[None, None]
         if cache is not None:
@@ -201,6 +199,11 @@ class Decoder(nn.Module):
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The kernel of the output projection, a plain function of `params`; where tied, the embedding transposed."""
         return params["embed_tokens"]["embedding"].T if self.tie_embeddings else params["lm_head"]["kernel"]
+
+    @nn.nowrap
+    def gathered(self, params: Any) -> Any:
+        """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`."""
+        return sharding.gathered(params, RULES, NARROWED, self.dtype)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -370,8 +373,7 @@ def write_slots(
     """
 
     def write(old, layer, positions, new):
-        rows = jnp.arange(new.shape[0])[:, None]
-        return old.at[layer, rows, positions].set(new)
+        return old.at[layer, jnp.arange(new.shape[0])[:, None], positions].set(new)
 
     if (axes := sharding.record_axes()) and new.shape[0] % sharding.record_parts() == 0:
         rows, rest = sharding.record_spec(), sharding.record_spec(None, None)
@@ -395,6 +397,4 @@ def _check(module: Decoder) -> None:
     if module.head_dim % 2:
         raise ValueError(f"head_dim={module.head_dim} is odd; rotary positions need pairs")
     if module.num_experts and not 0 < module.experts_per_token <= module.num_experts:
-        raise ValueError(
-            f"experts_per_token={module.experts_per_token}; give 1 to num_experts={module.num_experts} of them"
-        )
+        raise ValueError(f"experts_per_token={module.experts_per_token}; give 1 to num_experts={module.num_experts}")

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models.decoder import NORMAL, Cache, Embed, packing, write_slots
-from opd_jax.sharding import over_records, over_tokens, token_axis, whole_rows
+from opd_jax.sharding import gathered, over_records, over_tokens, token_axis, whole_rows
 
 # Like `decoder.RULES`. The published vocabulary, 50257 tokens, does not split over a power of two and stays whole.
 RULES = (
@@ -116,6 +116,14 @@ class GPT2(nn.Module):
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The kernel of the output projection, a plain function of `params`: the embedding transposed."""
         return params["embed_tokens"]["embedding"].T
+
+    @nn.nowrap
+    def gathered(self, params: Any) -> Any:
+        """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`.
+
+        Embeddings keep their type: those of tokens and of positions are added before the sum is cast.
+        """
+        return gathered(params, RULES, r"kernel$", self.dtype)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:

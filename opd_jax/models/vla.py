@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
+from opd_jax import sharding
 from opd_jax.models import decoder, vit
 from opd_jax.models.action_tokens import NUM_BINS
 from opd_jax.models.decoder import NORMAL, Decoder
@@ -122,6 +123,15 @@ class Vla(nn.Module):
         _, own = self._states(observation, x.reshape(*actions.shape[:2], -1))
         out = self.action_out_proj(own.reshape(-1, own.shape[-1]))
         return out.astype(jnp.float32).reshape(actions.shape)
+
+    @nn.nowrap
+    def gathered(self, params: Any) -> Any:
+        """`params` as many decisions in a row read them, a plain function of a tree that holds them.
+
+        `sharding.gathered`; in the wider type where a tower computes in another one than the decoder.
+        """
+        types = (part.dtype for part in (*self.towers, self.language_model))
+        return sharding.gathered(params, RULES, decoder.NARROWED, functools.reduce(jnp.promote_types, types))
 
     def points(self, observation: Observation) -> tuple[Points, ...]:
         """What every tower of `Keypoints` has found, a row for each camera of each record: `[B * C, K, ...]`."""

@@ -22,6 +22,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from opd_jax import sharding
 from opd_jax.models import decoder, vision
 from opd_jax.models.decoder import Decoder, packing, write_slots
 from opd_jax.models.images import ImageBank
@@ -120,6 +121,11 @@ class VLM(nn.Module):
     def head(self, params: Any) -> Float[Array, "D V"]:
         """The kernel of the output projection, a plain function of `params`."""
         return self.language_model.head(params["language_model"])
+
+    @nn.nowrap
+    def gathered(self, params: Any) -> Any:
+        """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`."""
+        return sharding.gathered(params, RULES, decoder.NARROWED, self.language_model.dtype)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:

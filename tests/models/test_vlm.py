@@ -248,7 +248,9 @@ def test_rules_name_every_matrix():
 
 
 def test_bfloat16_computes_nearly_the_same():
-    rough = _jitted(module=MODULE.clone(language_model=TEXT.clone(dtype=jnp.bfloat16)))(PARAMS, TOKENS, BANK)
+    half = MODULE.clone(language_model=TEXT.clone(dtype=jnp.bfloat16))
+    rough, copied = (_jitted(module=half)(params, TOKENS, BANK) for params in (PARAMS, half.gathered(PARAMS)))
+    np.testing.assert_array_equal(copied, rough)
     exact = LOGITS(PARAMS, TOKENS, BANK)
     assert rough.dtype == jnp.float32
     assert 0 < np.linalg.norm(rough - exact) < 0.1 * np.linalg.norm(exact)
