@@ -107,7 +107,7 @@ def _tiny(config: ConfigDict) -> None:
     config.update({"shipped": False, "compile_quickly": True, "tokens": 24, "prompt_tokens": 8, "save_every": 1})
     config.records = 256
     config.privacy.test_seed = 0
-    config.opd.update({"steps": 2, "batch_size": 8, "micro_batch": 4, "warmup": 0})
+    config.opd.update({"steps": 2, "batch_size": 8, "micro_batch": 8, "warmup": 0})
     config.private_teacher.steps = 2
     config.synthetic.count = 16
     config.eval.update({"records": 16, "public_records": 16})

@@ -94,8 +94,15 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(right, f"teacher_share={share} (arm {name}): what a private teacher spends; the rest is the student's")
     written = arm.data != "synthetic" or arm.teacher == "private"
     check(written, f"data='synthetic' (arm {name}): written by a private teacher; set teacher='private'")
-    uneven = sharding.uneven(arm.batch_size, mesh, f"batch_size of arm {name}")
-    check(arm.private or not uneven, uneven)
+    if arm.private:  # a batch has room for a multiple of it
+        uneven = sharding.uneven(arm.micro_batch, mesh, "records of a micro-batch, micro_batch")
+    else:
+        uneven = sharding.uneven_parts(arm.batch_size, arm.micro_batches, mesh)
+    check(not uneven, f"arm {name}: {uneven}")
+    if arm.teacher == "private":
+        micro_batch = dp_stages.teacher_recipe(config, arm).micro_batch
+        uneven = sharding.uneven(micro_batch, mesh, "private_teacher.micro_batch")
+        check(not uneven, f"arm {name}: {uneven}")
 
 
 def run(config, workdir: Path, mesh) -> None:

@@ -49,6 +49,8 @@ def validate(config, mesh) -> None:
             warm = grpo_recipe(config, part).warm_start
             uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
             check(warm.steps == 0 or not uneven, uneven)
+            uneven = sharding.uneven_parts(warm.pairs, warm.get("micro_batches", 1), mesh)
+            check(warm.steps == 0 or not uneven, f"{name}.warm_start: {uneven}")
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(known_tasks), f"{name}.prompts={part.prompts}: choose of {known_tasks}")
             known = (*own_rewards, *config.judges) + (("",) if part.get("path") else ())
@@ -64,11 +66,13 @@ def validate(config, mesh) -> None:
                 check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
             inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
             check(arm.init in inits, f"init={arm.init!r} (arm {name}): choose one of {', '.join(inits)}")
-        for name, part in (("grpo", config.grpo), ("opd", config.opd)):
-            records, parts = part.prompts * part.group, part.micro_batches * part.get("updates", 1)
-            check(records % parts == 0, f"{name}: {records} records do not divide into {parts} updates x micro_batches")
+        trained = {"grpo": config.grpo} | {f"arm {name}": arm_recipe(config, name) for name in config.arms}
+        for name, part in trained.items():
             uneven = sharding.uneven(part.prompts, mesh, f"{name}.prompts")
             check(not uneven, uneven)
+            each, left = divmod(part.prompts * part.group, part.get("updates", 1))
+            uneven = sharding.uneven_parts(each, part.micro_batches, mesh)
+            check(not uneven and not left, f"{name}: {uneven or f'{left} records are left over by updates'}")
         for line in world.mistakes(config):
             check(False, line)
     if config.shipped:

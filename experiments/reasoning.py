@@ -53,6 +53,8 @@ def validate(config, mesh) -> None:
         for name, value in sizes.items():
             uneven = sharding.uneven(value, mesh, name)
             check(not uneven, uneven)
+        uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
+        check(not uneven or not config.sft.steps, f"sft: {uneven}")
         length = problems.prompt_tokens + config.sampler.max_new_tokens
         uneven = sharding.uneven_tokens(length, mesh, "problems.prompt_tokens + sampler.max_new_tokens")
         check(not uneven, uneven)
@@ -62,18 +64,18 @@ def validate(config, mesh) -> None:
             except ValueError as error:
                 check(False, f"{name}.{error}")
         for name in config.arms:
-            check_arm(check, config, name)
+            check_arm(check, config, name, mesh)
 
 
-def check_arm(check, config, name: str) -> None:
+def check_arm(check, config, name: str, mesh) -> None:
     arm = arm_recipe(config, name)
     known = {"method": METHODS, "weighting": WEIGHTINGS, "divergence": ("sampled", *F_DIVERGENCES)}
     known |= {"sft": tuple(config.teachers), "teacher": tuple(config.teachers)}
     for key, choices in known.items():
         check(arm[key] in choices, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(choices)}")
     records = arm.batch_size * (arm.group if arm.method in ("online", "grpo") else 1)
-    parts = f"{records} records do not divide into {arm.micro_batches} micro_batches"
-    check(records % arm.micro_batches == 0, f"arm {name}: {parts}")
+    uneven = sharding.uneven_parts(records, arm.micro_batches, mesh)
+    check(not uneven, f"arm {name}: {uneven}")
     check(arm.method != "grpo" or arm.group > 1, f"group={arm.group} (arm {name}): GRPO compares at least 2 answers")
     consistent = arm.sft == arm.teacher or arm.method not in ("online", "lightning") or arm.residual
     check(

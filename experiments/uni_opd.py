@@ -97,9 +97,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     whole = each % (arm.label_parts * sharding.record_parts(mesh)) == 0
     check(whole, f"label_parts={arm.label_parts} (arm {name}): {each} answers do not divide; choose a divisor")
     records = arm.batch_size * arm.group
-    parts = f"{records} records do not divide into {arm.micro_batches} micro_batches"
-    devices = sharding.record_parts(mesh)
-    check(records % (arm.micro_batches * devices) == 0, f"arm {name}: {parts} on each of {devices} devices")
+    uneven = sharding.uneven_parts(records, arm.micro_batches, mesh)
+    check(not uneven, f"arm {name}: {uneven}")
     stored = arm.method != "offline" or arm.divergence == "sampled"
     check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")
     check(arm.group > 1, f"group={arm.group} (arm {name}): outcomes are compared within a prompt; give 2 or more")

@@ -36,6 +36,8 @@ def validate(config, mesh) -> None:
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
         uneven = sharding.uneven(config.sft.batch_size, mesh, "sft.batch_size")
         check(not uneven, uneven)
+        uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
+        check(not uneven or not config.sft.steps, f"sft: {uneven}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
         check(shown or not learns, f"sft: {config.world} has no expert; give demos, or set sft.steps=0 and no sft arm")
@@ -91,9 +93,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(not alone, f"group={arm.group} (arm {name}): GRPO compares episodes of one initial state; give 2 or more")
     uneven = sharding.uneven(arm.batch_size, mesh, f"batch_size of arm {name}")
     check(not uneven, uneven)
-    parts = arm.batch_size * arm.group
-    split = arm.method == "sft" or parts % (arm.micro_batches * mesh.size) == 0
-    check(split, f"micro_batches={arm.micro_batches} (arm {name}): {parts} episodes do not divide; choose a divisor")
+    uneven = sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
+    check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
 
 
 def run(config, workdir: Path, mesh) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import dp_opd, opd, uni_opd
-from experiments import dp_methods, language, reasoning, token_methods, uni_methods
+from configs import dp_opd, flow_opd, opd, uni_opd, vla_opd
+from experiments import dp, dp_methods, language, reasoning, token_methods, uni_methods, vla
+from experiments import flow_opd as flow_experiment
+from experiments import uni_opd as uni_opd_experiment
 from experiments.reasoning_stages import arm_recipe
 from experiments.uni_methods import Judged
 from experiments.uni_setup import Model
@@ -363,3 +365,26 @@ def test_tokens_that_do_not_split_are_refused():
     says = r"problems.prompt_tokens \+ sampler.max_new_tokens=31: does not split over 2 devices; use 30 or 32"
     with pytest.raises(ConfigError, match=says):
         reasoning.validate(config, sharding.make_mesh({"data": 4, "sequence": 2}))
+
+
+REFUSED = {  # experiment, config, what changes, and the part that is wrong
+    "language": (reasoning, opd, {"opd.batch_size": 8, "opd.micro_batches": 2}, "arm online"),
+    "sft": (reasoning, opd, {"sft.batch_size": 8, "sft.micro_batches": 2}, "sft"),
+    "uni": (uni_opd_experiment, uni_opd, {"opd.micro_batches": 4}, "arm uni_opd_multi"),
+    "vla": (vla, vla_opd, {"opd.batch_size": 8, "opd.micro_batches": 4}, "arm vla_opd"),
+    "flow": (flow_experiment, flow_opd, {"opd.prompts": 8, "opd.group": 1, "opd.micro_batches": 2}, "arm flow_opd"),
+    "specialists": (flow_experiment, flow_opd, {"grpo.prompts": 8, "grpo.group": 2, "grpo.micro_batches": 4}, "grpo"),
+    "dp": (dp, dp_opd, {"opd.micro_batch": 4}, "arm dp_opd"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_micro_batches_that_do_not_split_are_refused(name):
+    """With the line of a plan, before anything is loaded; and no other is said of the same config on one device."""
+    experiment, module, changes, where = REFUSED[name]
+    config = module.get_config("tiny").copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(changes)
+    says = rf"{where}: records of a micro-batch.*=\d+: does not split over 8 devices; use 8"
+    with pytest.raises(ConfigError, match=says):
+        experiment.validate(config, sharding.make_mesh({"data": 8}))
+    experiment.validate(config, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
