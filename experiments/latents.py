@@ -53,13 +53,12 @@ class Pipeline:
         self._judged_on = latents_inputs.judged_on(config)
         self._stored = _embeddings(part, path, self._prompts.texts)
         self._autoencoder, decoding = load_autoencoder(path / "vae")
-        model, params = load_mmdit(path / "transformer")
+        model, params = load_mmdit(path / "transformer", mesh)
         self.model, self.shape = computing(model, part), shape_of(model, self._autoencoder, part)
         sha = params_sha256(params)
         self.identity = self._identity(part, sha, params_sha256(decoding))
-        self._decoding, params, null = sharding.replicate(
-            (decoding, params, Prompt(jnp.full(1, -1, jnp.int32), *self._stored.null)), mesh
-        )
+        null = Prompt(jnp.full(1, -1, jnp.int32), *self._stored.null)
+        self._decoding, null = sharding.replicate((decoding, null), mesh)
         self.base = stages.Made(params, stages.recipe_of({"given": sha}), sha, 0, 0)
         self.velocity, self.routed = velocities(self.model, config, params, null)
         self.example = next(iter(self.held_out(1, 0).values()), [""])[0]

@@ -195,7 +195,7 @@ def heading(plan: Plan, config, mesh, where: Topology) -> list[str]:
 
 
 def meshes(config, plan: Plan, where: Topology) -> list[dict[str, int]]:
-    """To try: records over some devices, and each layer over the others where the experiment can split parameters."""
+    """To try: records over some devices, and each layer over the others where the experiment splits layers."""
     devices = len(where.devices)
     records = "fsdp" if config.mesh.get("fsdp", 1) != 1 else "data"
     inner = [n for n in range(1, devices + 1) if devices % n == 0] if plan.SPLITS else [1]

@@ -13,7 +13,8 @@ from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, of_typ
 from opd_jax import sharding
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import lora
-from opd_jax.models.mmdit import MMDiT
+from opd_jax.models.decoder import partition_rules
+from opd_jax.models.mmdit import RULES, MMDiT
 from opd_jax.worlds import scenes as embedded
 
 SPLITS = False
@@ -38,6 +39,10 @@ class World(NamedTuple):
         return bytes_of(self.decoding[1]) if self.decoding else 0
 
 
+def places_of(mesh) -> Places:
+    return Places(mesh, partition_rules(mesh, RULES))
+
+
 def world_of(config, places: Places) -> World:
     inputs = lambda model, side: (
         jax.ShapeDtypeStruct((1, side, side, model.in_channels), jnp.float32),
@@ -45,7 +50,7 @@ def world_of(config, places: Places) -> World:
         jax.ShapeDtypeStruct((1, 1, model.joint_attention_dim), jnp.float32),
         jax.ShapeDtypeStruct((1, model.pooled_projection_dim), jnp.float32),
     )
-    shapes = lambda model, dtype: places.whole(
+    shapes = lambda model, dtype: places.params(
         plan_steps.shapes_of(model, dtype, *inputs(model, model.pos_embed_max_size * model.patch_size))
     )
     if config.world == "scenes":
@@ -92,7 +97,7 @@ def _alike(config, part) -> dict:
 
 
 def heading(config, mesh) -> list[str]:
-    world = world_of(config, Places(mesh))
+    world = world_of(config, places_of(mesh))
     lines = [plan_steps.described("transformer", world.backbone)]
     sides = "x".join(map(str, world.shape))
     lines.append(f"products in {jnp.dtype(world.model.dtype)}, remat {world.model.remat}; states of {sides}")
@@ -121,7 +126,7 @@ def with_parts(config, name: str, parts: int) -> None:
 
 
 def steps(config, mesh, name: str) -> list[Step]:
-    recipe, places = recipe_of(config, name), Places(mesh)
+    recipe, places = recipe_of(config, name), places_of(mesh)
     records = recipe.prompts * recipe.group
     plan_steps.check_parts(mesh, name, records, recipe.micro_batches * recipe.get("updates", 1))
     world = world_of(config, places)

@@ -39,7 +39,7 @@ class Plan(Protocol):
     Raises: ConfigError: in each of them, for what cannot be planned.
     """
 
-    SPLITS: bool  # whether the experiment can split parameters, so that a search tries such meshes
+    SPLITS: bool  # whether the experiment splits layers over `tensor`, so that a search tries such meshes
     NOT_PLANNED: str  # what of an arm is not among its steps, under the heading of a plan
 
     def names(self, config: Any) -> list[str]: ...  # what can be planned: arms, and stages of their own

@@ -11,6 +11,8 @@ from jax.tree_util import Partial
 from configs import common
 from experiments import flow_methods, stages
 from opd_jax import data, hosts, rng, sharding
+from opd_jax.models import mmdit
+from opd_jax.models.decoder import partition_rules
 from opd_jax.models.mmdit import MMDiT
 from opd_jax.rewards import tesseract
 from opd_jax.sampling import flow
@@ -36,7 +38,7 @@ class Scenes:
         self.mesh, self.model = mesh, module(config)
         self.base = _base(config, self.model, workdir, about)
         self.identity = self.base.sha256
-        backbone = sharding.replicate(self.base.params, mesh)
+        backbone = place(self.base.params, mesh)
         self.velocity, self.routed = velocities(self.model, config, backbone)
 
     @staticmethod
@@ -83,6 +85,11 @@ def _base(config, model: MMDiT, workdir: Path, about: dict) -> stages.Made:
         return stages.load(SHIPPED_BASE)
     recipe = stages.recipe_of({"model": config.model.to_dict(), "seed": config.seed})
     return stages.once("random_base", workdir, recipe, lambda _: (init_params(model, config.seed), 0), about)
+
+
+def place(tree, mesh):
+    """All parameters of the model, or a state that holds trees of them, by its rules."""
+    return sharding.shard_params(tree, mesh, partition_rules(mesh, mmdit.RULES))
 
 
 def velocities(model: MMDiT, config, backbone) -> tuple[Partial, Partial]:

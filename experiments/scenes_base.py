@@ -80,7 +80,7 @@ def pretrain(config, name: str, params, workdir, checkpoint_dir, mesh, steps: in
     params = pieces.init_params(model, config.seed) if params is None else params
     state, _ = loop.run(
         pretraining,
-        sharding.replicate(optim.init_state(params, optimizer), mesh),
+        pieces.place(optim.init_state(pieces.place(params, mesh), optimizer), mesh),
         pieces.pairs(phase.batch_size, phase.seed, mesh, **found(phase)),
         workdir=workdir,
         stage=name,
@@ -107,7 +107,8 @@ def run(config, workdir, mesh) -> None:
     captions = pieces.held_out(config.eval.prompts, config.eval.seed)
     sampler = {name: config.eval[name] for name in ("steps", "shift", "seed")}
     velocity = pieces.full_velocity(pieces.module(config))
-    images = {task: pieces.pictures(velocity, made.params, texts, **sampler) for task, texts in captions.items()}
+    params = pieces.place(made.params, mesh)
+    images = {task: pieces.pictures(velocity, params, texts, **sampler) for task, texts in captions.items()}
     rewards, others = pieces.score(images, captions)
     rows = [{"model": "base"} | rewards | others]
     seconds["total"] = time.time() - began

@@ -292,7 +292,7 @@ def _group_size(attributes: str, devices: int) -> int:
     """How many devices take part in one group of a collective."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", match[2])) or devices
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):

@@ -216,7 +216,13 @@ def test_pairs_of_a_batch_written_as_a_window_are_its_size(n):
 
 @pytest.mark.parametrize(
     ("groups", "size"),
-    [("[2,4]<=[8]", 4), ("{{0,1},{2,3}}", 2), ("mesh['a'=4,'b'=2] {'b'}", 2), ("mesh['a'=4,'b'=2] {'a','b'}", 8)],
+    [
+        ("[2,4]<=[8]", 4),
+        ("{{0,1},{2,3}}", 2),
+        ("mesh['a'=4,'b'=2] {'b'}", 2),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+    ],
 )
 def test_the_size_of_a_group_is_read(groups, size):
     assert cost._group_size(f", channel_id=1, replica_groups={groups}, dimensions={{0}}", 16) == size

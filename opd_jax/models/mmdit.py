@@ -13,10 +13,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+
+from opd_jax import sharding
 
 Tokens = Float[Array, "B T D"]
 XAVIER = nn.initializers.xavier_uniform()
+# For `decoder.partition_rules`. Over `fsdp` the side of the residual stream where a kernel has one, else what divides.
+RULES = (
+    (r"(to_out|to_add_out|ff/proj_out|ff_context/proj_out)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"kernel$", PartitionSpec("fsdp", None)),
+    (r"kernel$", PartitionSpec(None, "fsdp")),
+    (r"kernel$", PartitionSpec()),
+    (r"bias$", PartitionSpec("fsdp")),
+    (r"bias$", PartitionSpec()),
+    (r"pos_embed$", PartitionSpec(None, None, "fsdp")),
+    (r"pos_embed$", PartitionSpec()),
+)
 
 
 class MMDiT(nn.Module):
@@ -88,7 +102,8 @@ class MMDiT(nn.Module):
         table = self.param("pos_embed", lambda _: _sincos_2d(self.width, size, samples // self.patch_size))
         top, left = (size - rows) // 2, (size - columns) // 2
         grid = table.reshape(size, size, self.width)[top : top + rows, left : left + columns]
-        return jax.lax.stop_gradient(grid.reshape(1, rows * columns, self.width))
+        grid = sharding.over_records(grid.reshape(rows * columns, self.width), 1)  # what is split is gathered here
+        return jax.lax.stop_gradient(grid[None])
 
 
 class _JointBlock(nn.Module):
@@ -161,7 +176,7 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
-        hidden = nn.gelu(_dense(self, 4 * width, "proj_in")(x.reshape(-1, width)))
+        hidden = nn.gelu(_dense(self, 4 * width, "proj_in")(_rows(x)))
         return _dense(self, width, "proj_out")(hidden).reshape(x.shape)
 
 
@@ -172,7 +187,7 @@ class _Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P"]) -> Float[Array, "B D"]:
-        hidden = nn.silu(_dense(self, self.width, "linear_1", self.init)(x))
+        hidden = nn.silu(_dense(self, self.width, "linear_1", self.init)(sharding.over_records(x, len(x))))
         return _dense(self, self.width, "linear_2", self.init)(hidden)
 
 
@@ -182,12 +197,18 @@ def _dense(module: nn.Module, features: int, name: str, init: Any = XAVIER) -> n
 
 def _flat(dense: nn.Dense, x: Tokens) -> Float[Array, "B T features"]:
     """`dense` on flattened tokens."""
-    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], dense.features)
+    return dense(_rows(x)).reshape(*x.shape[:-1], dense.features)
+
+
+def _rows(x: Tokens) -> Float[Array, "N D"]:
+    """Flattened, and split over devices as records are: XLA, left to itself, splits the width as kernels are."""
+    return sharding.over_records(x.reshape(-1, x.shape[-1]), len(x))
 
 
 def _modulation(module: nn.Module, emb: Float[Array, "B D"], n: int, name: str) -> list[Float[Array, "B 1 D"]]:
     """The `n` modulation vectors of a block, all from one zero-initialised layer."""
-    return jnp.split(_dense(module, n * emb.shape[-1], name, nn.initializers.zeros)(emb)[:, None], n, axis=-1)
+    dense = _dense(module, n * emb.shape[-1], name, nn.initializers.zeros)
+    return jnp.split(dense(sharding.over_records(emb, len(emb)))[:, None], n, axis=-1)
 
 
 def _modulate(x: Tokens, shift: Float[Array, "B 1 D"], scale: Float[Array, "B 1 D"]) -> Tokens:

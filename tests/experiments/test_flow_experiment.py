@@ -15,7 +15,7 @@ from configs import common, flow_opd, scenes_base
 from experiments import flow_methods, scenes, stages
 from experiments import flow_opd as experiment
 from experiments import scenes_base as pretraining
-from opd_jax import optim, rng, sharding
+from opd_jax import cost, optim, rng, sharding
 from opd_jax.checkpoint import load_params
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
@@ -139,7 +139,7 @@ def pieces(mesh):
     model = scenes.module(config)
     params = scenes.init_params(model, 0)
     params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
-    backbone = sharding.replicate(params, mesh)
+    backbone = scenes.place(params, mesh)
     world = World(model, backbone)
     adapters = [lora.init(rng.stream(i, "a"), params, config.lora.pattern, 2) for i in range(3)]
     adapters = [jax.tree.map(lambda x, i=i: x + 0.02 * (i + 1), adapter) for i, adapter in enumerate(adapters)]
@@ -179,6 +179,54 @@ def test_one_device_equals_eight(one_device, shape):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
     for name, value in one_device[-1].items():  # log-ratios are differences of log-densities of thousands of nats
         np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=5e-4, err_msg=name)
+
+
+def test_parameters_are_split_over_fsdp_and_gathered_a_layer_at_a_time():
+    """The frozen backbone of a student; and all of what the base trains, with its gradient, moments and average."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    *_, world = pieces(mesh)
+    (backbone,) = world.velocity.args
+    state, update, arguments = base_update(mesh)
+    whole = {leaf.shape for leaf in jax.tree.leaves(backbone) if leaf.ndim == 2}
+    for leaf in jax.tree.leaves((backbone, state)):
+        split = leaf.shape in whole and 4 * leaf.addressable_shards[0].data.size == leaf.size
+        assert split or leaf.shape not in whole, leaf.shape
+    text = update.func.lower(*update.args, state, *arguments).compile().as_text()
+    sent = cost.cost_of(text, devices=8).collectives
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2) * 3 / 4
+    assert 0.9 * weights < sent["all-gather"].bytes < 2 * weights, "forward, and perhaps again backward"
+    assert sent["all-to-all"].bytes < 1e3, "activations stay where their records are"
+
+
+def base_update(mesh):
+    """A state, an update of the base's pretraining, and what it is given."""
+    config = pretraining.phase_of(scenes_base.get_config("tiny"), "web")
+    model = scenes.module(config)
+    method, optimizer = pretraining.method(config, scenes.full_velocity(model))
+    state = scenes.place(optim.init_state(scenes.place(scenes.init_params(model, 0), mesh), optimizer), mesh)
+    captions = [text for texts in scenes.held_out(4, 0, False).values() for text in texts]
+    images = np.random.default_rng(0).standard_normal((8, *scenes.SHAPE)).astype(np.float32)
+    batch = sharding.shard_batch({"image": images, "condition": scenes.tokens_of(captions)}, mesh)
+    rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
+    return state, method.update, (rollout, rollout.velocity, rng.stream(0, "update"))
+
+
+@functools.cache
+def base_losses(shape):
+    mesh = sharding.make_mesh(dict(shape)) if shape else one()
+    state, update, arguments = base_update(mesh)
+    places, found = jax.tree.map(lambda leaf: leaf.sharding, state), []
+    for _ in range(2):
+        state, metrics = update(state, *arguments)
+        found.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    return found
+
+
+def test_the_base_learns_the_same_on_one_device_and_on_eight():
+    expected = base_losses(())
+    np.testing.assert_allclose(base_losses((("data", 2), ("fsdp", 4))), expected, rtol=1e-5)
 
 
 def test_every_record_is_labelled_by_its_own_teacher():

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
+from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf.tensor_files import TensorFiles, read_json
-from opd_jax.models.mmdit import MMDiT
+from opd_jax.models.mmdit import RULES, MMDiT
+from opd_jax.sharding import param_specs, put
 
 Params = dict[str, Any]
 
@@ -53,13 +56,14 @@ RENAMES = (
 )
 
 
-def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
+def load_mmdit(directory: str | Path, mesh: Mesh | None = None) -> tuple[MMDiT, Params]:
     """The module a diffusers SD3 transformer directory describes, and its parameters.
 
-    Tensors are read one at a time, so the peak is one copy of the parameters and one tensor.
+    Tensors are read one at a time, so the host holds one tensor beside what lies on the devices.
 
     Args:
       directory: a local directory, such as the `transformer` folder of a Stable Diffusion 3.5 snapshot.
+      mesh: parameters are split over its axis `fsdp` by `mmdit.RULES`; None: the default device.
 
     Returns:
       `(module, params)`; parameters keep the stored data type; the module computes in float32, or as
@@ -77,7 +81,12 @@ def load_mmdit(directory: str | Path) -> tuple[MMDiT, Params]:
     missing, extra = sorted(expected.keys() - files.names), sorted(files.names - expected.keys())
     if missing or extra:
         raise ValueError(f"{directory} does not match its config.json: missing {missing}, unexpected {extra}")
-    params = {path: _to_flax(files.read(n), path, shape, module, n) for n, (path, shape) in expected.items()}
+    shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in expected.values()}
+    specs = param_specs(shapes, partition_rules(mesh, RULES), mesh) if mesh else {}
+    placed = lambda path, leaf: put(leaf, NamedSharding(mesh, specs[path])) if mesh else jnp.asarray(leaf)
+    params = {
+        path: placed(path, _to_flax(files.read(n), path, shape, module, n)) for n, (path, shape) in expected.items()
+    }
     return module, unflatten_dict(params, sep="/")
 
 
@@ -147,7 +156,7 @@ def diffusers_name(path: str) -> str:
     return path
 
 
-def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDiT, name: str) -> jax.Array:
+def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDiT, name: str) -> np.ndarray:
     stored = _to_torch(np.broadcast_to(tensor.dtype.type(0), shape), path, module).shape
     if tensor.shape != stored:
         raise ValueError(f"{name} has shape {tensor.shape}; the config says {stored}")
@@ -155,7 +164,7 @@ def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDi
         tensor = tensor.transpose(2, 3, 1, 0).reshape(shape)
     elif path.endswith("/kernel"):
         tensor = tensor.T
-    return jnp.asarray(tensor)
+    return tensor
 
 
 def _to_torch(leaf: np.ndarray, path: str, module: MMDiT) -> np.ndarray:
