@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flow_methods, latents, scenes, stages
-from opd_jax import loop, metrics, optim, report, rng, sharding
+from opd_jax import hosts, loop, metrics, optim, report, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import checks, command_line, fingerprint, versions
 from opd_jax.losses import flow_opd as losses
@@ -19,6 +19,7 @@ from opd_jax.losses import gaussians
 from opd_jax.models import lora
 from opd_jax.models.hf import load_lora
 from opd_jax.rewards import combination
+from opd_jax.rewards.remote import Scores
 
 WORLDS = {"scenes": scenes.Scenes, "pipeline": latents.Pipeline}  # flow_methods.World
 INITS = ("merge", "base")  # where a student starts; or where an arm ended that started from one of these
@@ -136,8 +137,7 @@ class Experiment:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.about = {"command": command_line()}
         self.judges = {name: combination.Rewards(**one) for name, one in used_judges(config).items()}
-        for judge in self.judges.values():
-            judge.self_test()
+        hosts.by_first(lambda: [judge.self_test() for judge in self.judges.values()])
         self.world = WORLDS[config.world](config, workdir, mesh, self.about)
         self.updates = {}
 
@@ -162,10 +162,24 @@ class Experiment:
         """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges."""
         if name not in self.judges:
             return self.world.reward(name, images, texts)
-        return self.judged(name, images, texts).score
+        return self.asked(name, images, texts).score
 
     def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
-        """What a judge says, with the rewards that it adds up."""
+        """What a judge says, with the rewards that it adds up; of several processes the first asks, for all."""
+        if not hosts.several():
+            return self.asked(name, images, texts)
+        parts = tuple(self.config.judges[name].weights)
+
+        def rows():
+            said = self.asked(name, images, texts)
+            return np.stack([said.score, *(said.parts[part].score for part in parts)])
+
+        score, *others = hosts.from_first(rows, (1 + len(parts), len(texts)))
+        shared = {part: Scores(one, np.isfinite(one), {}) for part, one in zip(parts, others)}
+        return combination.Combined(score, ~np.isnan(score), shared)
+
+    def asked(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
+        """The same by this process, whatever the others do."""
         return self.judges[name].label(images, texts, self.workdir / "unscored" / name, self.world.metadata(texts))
 
     def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):

@@ -15,12 +15,13 @@ from configs import common, flow_opd, scenes_base
 from experiments import flow_methods, scenes, stages
 from experiments import flow_opd as experiment
 from experiments import scenes_base as pretraining
-from opd_jax import cost, optim, rng, sharding
+from opd_jax import cost, hosts, optim, rng, sharding
 from opd_jax.checkpoint import load_params
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
 from opd_jax.models import lora
 from opd_jax.rewards import combination, serve
+from opd_jax.rewards.remote import Scores
 
 NAMES = ("base", *experiment.grpo_parts(flow_opd.get_config()))
 
@@ -179,6 +180,41 @@ def test_one_device_equals_eight(one_device, shape):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
     for name, value in one_device[-1].items():  # log-ratios are differences of log-densities of thousands of nats
         np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=5e-4, err_msg=name)
+
+
+class Judges:
+    """`flow_opd.Experiment` as far as it asks a judge."""
+
+    def __init__(self):
+        self.times, self.config = 0, flow_opd.get_config("tiny").copy_and_resolve_references().unlock()
+        self.config.judges.mean = {"weights": {"a": 1.0, "b": 1.0}, "rewards": {}}
+
+    def asked(self, name, images, texts):
+        self.times += 1
+        a = np.array([0.25, np.nan], np.float32)
+        one = lambda score: Scores(score, np.isfinite(score), {})
+        return combination.Combined(2 * a, np.isfinite(a), {"b": one(a), "a": one(a + 1)})
+
+
+def test_of_several_processes_the_first_asks_a_judge_for_all(monkeypatch):
+    """What it hands to the others is taken by them as if they had asked."""
+    sent = []
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "agreed", lambda tree: sent.append(tree) or tree)
+    first, other = Judges(), Judges()
+    said = experiment.Experiment.judged(first, "mean", None, ["x", "y"])
+    assert first.times == 1 and len(sent) == 2  # whether there was a mistake, and the scores
+
+    given = iter(sent)
+    monkeypatch.setattr(hosts, "first", lambda: False)
+    monkeypatch.setattr(hosts, "agreed", lambda tree: next(given))
+    taken = experiment.Experiment.judged(other, "mean", None, ["x", "y"])
+    assert other.times == 0
+    for found in (said, taken):
+        np.testing.assert_array_equal(found.score, [0.5, np.nan])
+        np.testing.assert_array_equal(found.known, [True, False])
+        np.testing.assert_array_equal(found.parts["a"].score, [1.25, np.nan])
+        np.testing.assert_array_equal(found.parts["b"].score, [0.25, np.nan])
 
 
 def test_parameters_are_split_over_fsdp_and_gathered_a_layer_at_a_time():

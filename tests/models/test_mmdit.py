@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf import load_mmdit, save_mmdit
-from opd_jax.models.mmdit import MMDiT
+from opd_jax.models.mmdit import RULES, MMDiT
+from opd_jax.sharding import make_mesh, shard_params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_heads": 2, "head_dim": 8}
@@ -97,6 +99,17 @@ def test_round_trip_is_exact(tmp_path, dtype):
     written = load_file(tmp_path / "b" / WEIGHTS)
     assert written.keys() == tensors.keys()
     assert all(written[n].dtype == v.dtype and written[n].tobytes() == v.tobytes() for n, v in tensors.items())
+
+
+def test_loads_straight_into_its_shards(tmp_path):
+    _reference(tmp_path, qk_norm="rms_norm", dual_attention_layers=(0,))
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    (_, params), (_, split) = load_mmdit(tmp_path), load_mmdit(tmp_path, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, split, params)
+    places = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
+    assert places(split) == places(shard_params(params, mesh, partition_rules(mesh, RULES)))
+    kernel = split["blocks_0"]["attn"]["to_q"]["kernel"]
+    assert 4 * kernel.addressable_shards[0].data.size == kernel.size
 
 
 def test_diffusers_reads_what_we_write(tmp_path):
