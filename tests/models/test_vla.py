@@ -308,7 +308,8 @@ def test_decisions_read_a_copy_that_is_not_split_over_fsdp():
     decide = jax.jit(lambda params: MODULE.apply({"params": params}, observation))
     sent = [cost_of(decide.lower(tree).compile().as_text(), devices=8).collectives for tree in (params, copy)]
     assert sent[0]["all-gather"].bytes > 10_000 and "all-gather" not in sent[1]
-    mixed = MODULE.clone(language_model=TEXT.clone(dtype=jnp.bfloat16)).gathered(PARAMS)
+    half = MODULE.clone(language_model=TEXT.clone(dtype=jnp.bfloat16))
+    mixed = jax.eval_shape(half.gathered, PARAMS)
     assert {leaf.dtype for leaf in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
 
 
