@@ -131,9 +131,14 @@ def bytes_of(*trees: PyTree) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(trees) if leaf.sharding.memory_kind != HOST)
 
 
-def check_parts(mesh: Mesh, name: str, records: int, parts: int) -> None:
-    """Raises: ConfigError: the records of a micro-batch do not split over the devices, which would repeat work."""
-    for count, what in ((records, "records"), (records // parts, "records of a micro-batch")):
+def check_parts(mesh: Mesh, name: str, records: int, parts: int, prompts: int | None = None) -> None:
+    """Raises: ConfigError: prompts, or records of a micro-batch, do not split over the devices, which would repeat work.
+
+    Args:
+        prompts: of a batch, where records are several answers to each.
+    """
+    counts = {"prompts": prompts or records, "records": records, "records of a micro-batch": records // parts}
+    for what, count in counts.items():
         if wrong := sharding.uneven(count, mesh, what):
             settings = f"micro_batches={parts} or mesh={dict(mesh.shape)}"
             raise ConfigError(f"arm {name}: {wrong}, or change {settings}")
