@@ -132,7 +132,7 @@ def bytes_of(*trees: PyTree) -> int:
 
 
 def check_parts(mesh: Mesh, name: str, records: int, parts: int, prompts: int | None = None) -> None:
-    """Raises: ConfigError: prompts, or records of a micro-batch, do not split over the devices, which would repeat work.
+    """Raises: ConfigError: prompts, or records of a micro-batch, do not split over devices, which would repeat work.
 
     Args:
         prompts: of a batch, where records are several answers to each.
