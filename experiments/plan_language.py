@@ -93,7 +93,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     recipe = arm_recipe(config, name)
     if recipe.method not in METHODS:
         raise plan_steps.unknown(name, recipe.method, METHODS)
-    plan_steps.check_parts(mesh, name, records(config, name), recipe.micro_batches)
+    plan_steps.check_parts(mesh, name, records(config, name), recipe.micro_batches, recipe.batch_size)
     setup = setup_of(config, mesh)
     if recipe.method == "lightning":
         return _offline(setup, recipe)

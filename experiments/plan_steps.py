@@ -131,9 +131,14 @@ def bytes_of(*trees: PyTree) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(trees) if leaf.sharding.memory_kind != HOST)
 
 
-def check_parts(mesh: Mesh, name: str, records: int, parts: int) -> None:
-    """Raises: ConfigError: the records of a micro-batch do not split over the devices, which would repeat work."""
-    if wrong := sharding.uneven_parts(records, parts, mesh):
+def check_parts(mesh: Mesh, name: str, records: int, parts: int, prompts: int | None = None) -> None:
+    """Raises: ConfigError: prompts, or records of a micro-batch, do not split over devices, which would repeat work.
+
+    Args:
+        prompts: of a batch, where records are several answers to each.
+    """
+    wrong = prompts and sharding.uneven(prompts, mesh, "prompts")
+    if wrong := wrong or sharding.uneven_parts(records, parts, mesh):
         raise ConfigError(f"arm {name}: {wrong}")
 
 

@@ -109,7 +109,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     recipe, count = arm_recipe(config, name), records(config, name)
     if recipe.method not in METHODS:
         raise plan_steps.unknown(name, recipe.method, METHODS)
-    plan_steps.check_parts(mesh, name, count, recipe.micro_batches)
+    plan_steps.check_parts(mesh, name, count, recipe.micro_batches, recipe.batch_size)
     setup, (room, longest) = Setup(config, mesh), _lengths(config)
     places, student, taught = setup.places, setup.student, setup.teachers(recipe.setting)
     exact = recipe.divergence != "sampled"

@@ -91,6 +91,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     count = len(config.settings[arm.setting])
     even = arm.batch_size % count == 0
     check(even, f"batch_size={arm.batch_size} (arm {name}): give a multiple of its {count} domains")
+    prompts = "" if arm.method == "offline" else sharding.uneven(arm.batch_size, mesh)
+    check(not prompts, f"{prompts} (arm {name})")
     each = arm.batch_size // count * arm.group
     uneven = sharding.uneven(each, mesh, "answers of a domain in a batch, batch_size / domains * group,")
     check(not uneven, f"{uneven} (arm {name})")

@@ -327,6 +327,7 @@ def planned(module, only, **arm):
         (lambda: planned(uni_opd, "offline"), "method 'offline' cannot be planned yet"),
         (lambda: planned(vla_opd, "sft_many"), "method 'sft' cannot be planned yet"),
         (lambda: planned(lightning_opd, "online", micro_batches=4), "micro-batch=1: does not split over 2 devices"),
+        (lambda: planned(uni_opd, "sampled", batch_size=7), "prompts=7: does not split over 2 devices"),
         (lambda: plan.checked(domains_models.get_config("tiny"), "h100:2"), "has no plan"),
         (lambda: plan.checked(opd.get_config("tiny"), None), "no --topology"),
         (lambda: plan_models.named(flow_opd.get_config("tiny"), "tiny", "qwen3-8b", ""), "no such model"),

@@ -78,6 +78,7 @@ def test_packed_rows_hold_whole_solutions_and_no_more_pictures_than_fit():
     [
         ({"opd.margin": "shove"}, "margin='shove'.*choose one of shift"),
         ({"opd.batch_size": 7}, "give a multiple of its 2 domains"),
+        ({"opd.batch_size": 7}, "batch_size=7: does not split over 2 devices"),
         ({"opd.group": 1}, "outcomes are compared within a prompt"),
         ({"opd.setting": "none"}, "setting='none'.*choose one of"),
         ({"settings.multi.charts": "text"}, "reads no pictures"),
