@@ -46,7 +46,7 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Sa
         params = experiment.put(params)
         asked = horizon if world.expert else 0
         played = world.play(bins.greedy, params, starts, key, Acting(plan, split="test", asked=asked))
-        films[name] = world.film(played, executed(played, plan.executed), first)
+        films[name] = world.film(played, starts, executed(played, plan.executed), first)
         values = hosts.fetch(disagreement(policy_fn, params, played, label(taught, played)))
         maps.append(HeatMap(name, values[: len(tasks) * EPISODES], "episode", "decision"))
     return Samples(
