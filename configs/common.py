@@ -162,6 +162,7 @@ SIMULATORS = {
     "timeout": 120.0,  # seconds for one decision of one
     "cameras": ("topview", "gripperPOV"),  # of Meta-World
     "size": 64,  # of pictures, in pixels
+    "state": False,  # of Meta-World: the policy sees no pictures, but all that the expert goes by, where things are
     "fast": True,  # pictures without shadows, reflections and multisampling
     "horizon": 120,  # steps of an episode of Meta-World
 }

@@ -5,6 +5,7 @@
     python experiments/main.py --config=configs/vla_opd.py:seeds    # the default's arms, three seeds
     python experiments/main.py --config=configs/vla_opd.py:tiny     # every kind of arm, a step or two
     python experiments/main.py --config=configs/vla_opd.py:metaworld                  # ten tasks of a real simulator
+    python experiments/main.py --config=configs/vla_opd.py:metaworld_state            # without pictures
     python experiments/main.py --config=configs/vla_opd.py:paper --config.student.path=... --config.teacher.path=...
 
 The student begins with one demonstration of each task. Its teacher is the tabletop's scripted expert, as a distribution
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("default", "tiny", "seeds", "full", "metaworld", "tiny_metaworld", "paper")
+VARIANTS = ("default", "tiny", "seeds", "full", "metaworld", "metaworld_state", "tiny_metaworld", "paper")
 ALL = ("tiny", "full", "tiny_metaworld")  # with every arm
 MAIN = ("vla_opd", "forward_kl", "dagger", "sft_many", "grpo", "opd_then_grpo")
 
@@ -89,6 +90,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         _tiny(config)
     if "metaworld" in variant:
         _metaworld(config)
+    if variant == "metaworld_state":
+        _metaworld_state(config)
     if variant == "tiny_metaworld":
         _tiny_metaworld(config)
     if variant == "paper":
@@ -116,6 +119,14 @@ def _metaworld(config: ConfigDict) -> None:
     config.sft.update({"steps": 600, "batch_size": 32, "learning_rate": 1e-3, "warmup": 30, "decay_steps": 300})
     config.opd.update({"steps": 50, "learning_rate": 3e-4, "decay_steps": 15, "micro_batches": 8})
     config.eval.episodes = 10
+
+
+def _metaworld_state(config: ConfigDict) -> None:
+    """The same tasks for policies that see where things are, and no pictures: what is left is what to do."""
+    config.simulators.state = True
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "decay_steps": 60, "micro_batches": 1})
+    for name in ("grpo", "opd_then_grpo"):
+        config.arms[name].update({"batch_size": 4, "group": 4})
 
 
 def _tiny_metaworld(config: ConfigDict) -> None:

@@ -16,7 +16,8 @@ from opd_jax.losses.vla_opd import OBJECTIVES
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
 METHODS = ("opd", "grpo", "sft")
-LOGGED = ("reverse_kl", "student_entropy", "loss")
+NOISE = ("exact_gradient_square", "sampled_gradient_variance")
+LOGGED = ("reverse_kl", "student_entropy", "loss", *NOISE)
 COSTS = ("environment_steps", "seconds")
 
 
@@ -143,6 +144,17 @@ def row(experiment: Experiment, name: str, successes: list[dict[int, float]]) ->
     return line
 
 
+def noise(experiment: Experiment, lines: list[dict], made: dict) -> list[str]:
+    """How much noise sampled tokens would add, or do, beside the exact gradient; a line for the report, if any."""
+    ratios, seed = [], experiment.config.seeds[0]
+    for name in (name for name in made if arm_recipe(experiment.config, name).method == "opd"):
+        own = [line for line in lines if line["stage"] == f"{name}_seed{seed}" and NOISE[0] in line]
+        square, variance = (sum(line[key] for line in own) for key in NOISE)
+        ratios += [f"{name} {variance / square:.1f}"] if square else []
+    about = "Variance of the gradient of one sampled token by the student's logits, over the square of the exact one"
+    return [f"{about}, means of all updates: {', '.join(ratios)}."] if ratios else []
+
+
 def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
     """Films and heat maps of the student before and after, for the report; of policies over bins."""
     if arm_recipe(experiment.config, name).head != "bins":
@@ -175,6 +187,7 @@ def write(experiment: Experiment, rows: list[dict], made: dict, began: float) ->
         f"Success: {experiment.world.goal} before the horizon; it ends the episode, so success once and at "
         "the end are the same. Scenes of the test split, the most probable bins. Held out: tasks that only the first "
         "student has seen. Steps and queries are of the arm, of its start and of a teacher that is an arm.",
+        *noise(experiment, lines, made),
         f"params_sha256: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
     ]
     report.write_report(

@@ -42,7 +42,7 @@ def check(path: str, episode: lerobot.Episode, robot: Robot) -> None:
     """Refuses a data set of another robot."""
     _, cameras, height, width, _ = episode.images.shape
     wanted = {"cameras": robot.cameras, "height": robot.size, "width": robot.size}
-    wanted |= {"proprioception": robot.hand.shape[1], "actions": robot.action_dims}
+    wanted |= {"proprioception": robot.felt.shape[1], "actions": robot.action_dims}
     shapes = {"cameras": cameras, "height": height, "width": width}
     shapes |= {"proprioception": episode.proprioception.shape[1], "actions": episode.actions.shape[1]}
     wrong = [f"{name} {shapes[name]}, not {value}" for name, value in wanted.items() if shapes[name] != value]

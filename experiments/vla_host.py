@@ -5,6 +5,7 @@ bit (`host_worker.expert_chunk`). So labels are those of the tabletop. Its own s
 """
 
 import abc
+import contextlib
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,8 @@ class Host(abc.ABC):
             self.identity["demos"] = config.demos
         if config.student.path:
             self.identity["student"] = {name: config.student[name] for name in ("cameras", "crop", "proprioception")}
-        self._pool = self._simulators(self.make(config))
+        self._sees = bool(self.example.images.shape[1])
+        self._pool = self._simulators(self.make(config, pictures=self._sees))
         rows = NamedSharding(mesh, sharding.record_spec(mesh))
         even = config.simulators.at_once % sharding.record_parts(mesh) == 0
         self._on_robot = functools.partial(_on_robot, self._kit.to_robot, rows if even else None)
@@ -104,7 +106,7 @@ class Host(abc.ABC):
         if not 0 < part.crop <= 1:
             found.append(f"student.crop={part.crop}: give the share of a picture that is left, above 0, at most 1")
         most = cls.robot(config).cameras
-        if not 1 <= part.cameras <= most:
+        if part.path and not 1 <= part.cameras <= most:
             found.append(f"student.cameras={part.cameras}: give 1 to {most}, the simulator's")
         return found
 
@@ -161,7 +163,7 @@ class Host(abc.ABC):
             numbers = {self.tasks[task].instruction: task for task in tasks}
             return vla_demos.read(self.config.demos, self._kit, self.robot(self.config), numbers, count)
         most = ROUNDS * self.config.simulators.at_once
-        with self._simulators(functools.partial(shown, self.make(self.config))) as pool:
+        with self._simulators(functools.partial(shown, self.make(self.config, pictures=self._sees))) as pool:
             scenes = lambda asked, seed: _scenes(asked[:most], seed, "train")
             play = lambda asked, seed: self._demonstrate(pool, scenes(asked, seed), seed, "train", self._kit.prepare)
             return collected(play, tasks, count, seed, self.module.horizon)
@@ -176,12 +178,29 @@ class Host(abc.ABC):
     def expert_film(self, tasks, starts: Starts, key, chosen: np.ndarray, executed: int) -> np.ndarray:
         first = jax.tree.map(lambda leaf: leaf[chosen], hosts.fetch(starts))
         with self._simulators(functools.partial(shown, self.make(self.config))) as pool:
-            played = self._demonstrate(pool, first, self.config.eval.seed, "test", self._kit.prepare)
-        return _side_by_side(played.observation[0].images[:, ::executed])
+            drawn = lambda seen, words: seen["images"]
+            played = self._demonstrate(pool, first, self.config.eval.seed, "test", drawn)
+        return _side_by_side(played.observation[0][:, ::executed])
 
-    def film(self, rollout: EpisodeRollout, actions, chosen: np.ndarray) -> np.ndarray:
-        """What the policy saw at its decisions: a simulator is not drawn in between."""
-        return _side_by_side(hosts.fetch(rollout.observation.images)[chosen])
+    def film(self, rollout: EpisodeRollout, starts: Starts, actions, chosen: np.ndarray) -> np.ndarray:
+        """The moments of decisions: a simulator is not drawn in between."""
+        if self._sees:
+            return _side_by_side(hosts.fetch(rollout.observation.images)[chosen])
+        starts, counted, actions = hosts.fetch((starts, rollout.counted, self._kit.to_robot(actions)))
+        shape = *counted.shape[:2], -1, actions.shape[-1]
+        again = lambda row: self._again(starts.task[row], starts.seed[row], actions.reshape(shape)[row], counted[row])
+        return _side_by_side(np.stack([again(row) for row in chosen]))
+
+    def _again(self, task: int, seed: int, chunks: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """The pictures of a test episode whose policy did not see them; the last stays when it is over."""
+        with contextlib.closing(self.make(self.config)(int(task))) as simulator:
+            simulator.reset(int(seed), "test")
+            frames = []
+            for chunk, live in zip(chunks, counted):
+                frames.append(simulator.observe()["images"] if live.any() else frames[-1])
+                for action in chunk[live[: len(chunk)]]:
+                    simulator.step(action)
+        return np.stack(frames)
 
 
 def _scenes(tasks, seed: int, split: str) -> Starts:
@@ -228,7 +247,7 @@ class MetaWorld(Host):
     def make(config, pictures: bool = True) -> functools.partial:
         part = config.simulators
         cameras = tuple(part.cameras) if pictures else ()
-        how = {"size": part.size, "horizon": part.horizon, "fast": part.fast}
+        how = {"size": part.size, "horizon": part.horizon, "fast": part.fast, "state": part.state}
         return functools.partial(metaworld.MetaWorld, cameras=cameras, **how)
 
     @staticmethod
@@ -236,7 +255,8 @@ class MetaWorld(Host):
         part = config.simulators
         sentences = tuple(metaworld.TASKS.values())
         alike = np.ones(metaworld.ACTION_DIMS, np.float32), np.zeros(metaworld.ACTION_DIMS, np.float32)
-        return Robot(len(part.cameras), part.size, metaworld.ACTION_DIMS, metaworld.HAND, sentences, *alike)
+        felt, cameras = (metaworld.STATE, 0) if part.state else (metaworld.HAND, len(part.cameras))
+        return Robot(cameras, part.size, metaworld.ACTION_DIMS, felt, sentences, *alike)
 
     @classmethod
     def mistakes(cls, config) -> list[str]:
@@ -244,6 +264,8 @@ class MetaWorld(Host):
         cameras = config.simulators.cameras
         if not cameras or set(cameras) - set(metaworld.CAMERAS):
             found.append(f"simulators.cameras={tuple(cameras)}: choose of {', '.join(metaworld.CAMERAS)}")
+        if config.simulators.state and config.demos:
+            found.append(f"demos={config.demos}: has pictures and no states; set simulators.state=False")
         metaworld.check()
         mujoco_gl.choose()
         return found
@@ -278,6 +300,8 @@ class Libero(Host):
     def mistakes(cls, config) -> list[str]:
         libero.check()
         found = super().mistakes(config)
+        if config.simulators.state:
+            found.append("simulators.state=True: is of Meta-World; LIBERO's policies see pictures")
         if not config.student.path:
             found.append("student.path='': LIBERO is played by a policy of a directory; give one in OpenVLA's layout")
         if config.eval.episodes > libero.STATES:

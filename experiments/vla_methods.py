@@ -99,7 +99,7 @@ class World(Protocol):
     def demonstrations(self, tasks, count: int, seed: int) -> Demonstrations: ...  # `count` successes of each task
     def expert_success(self, asked, seed: int) -> np.ndarray: ...  # of an episode for each task asked, test scenes
     def expert_film(self, tasks, starts: Starts, key, chosen: np.ndarray, executed: int) -> np.ndarray: ...
-    def film(self, rollout: EpisodeRollout, actions: Array, chosen: np.ndarray) -> np.ndarray:
+    def film(self, rollout: EpisodeRollout, starts: Starts, actions: Array, chosen: np.ndarray) -> np.ndarray:
         """`[n, T, H, W, 3]` bytes of the chosen episodes, cameras side by side; `actions` `[B, S, A]` are all of it."""
 
 

@@ -45,10 +45,9 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Sa
     for name, params in policies.items():
         params = experiment.put(params)
         asked = horizon if world.expert else 0
-        played = world.play(
-            bins.greedy, experiment.to_act(params), starts, key, Acting(plan, split="test", asked=asked)
-        )
-        films[name] = world.film(played, executed(played, plan.executed), first)
+        acting = Acting(plan, split="test", asked=asked)
+        played = world.play(bins.greedy, experiment.to_act(params), starts, key, acting)
+        films[name] = world.film(played, starts, executed(played, plan.executed), first)
         values = hosts.fetch(disagreement(policy_fn, params, played, label(taught, played)))
         maps.append(HeatMap(name, values[: len(tasks) * EPISODES], "episode", "decision"))
     return Samples(

@@ -17,10 +17,10 @@ from opd_jax.models.vla import Observation
 class Robot(NamedTuple):
     """What a policy has to know of a simulator."""
 
-    cameras: int
+    cameras: int  # that a policy sees; 0: pictures are for films alone
     size: int  # of pictures, in pixels
     action_dims: int
-    hand: Float[np.ndarray, "2 P"]  # least and most of what it feels
+    felt: Float[np.ndarray, "2 P"]  # least and most of its proprioception
     instructions: Sequence[str]
     scale: Float[np.ndarray, "A"]  # an action of the simulator is `scale * a + shift` of one as data sets have it
     shift: Float[np.ndarray, "A"]
@@ -67,12 +67,14 @@ def own(policy, robot: Robot) -> Kit:
         policy.horizon, robot.action_dims, words=1 + len(words.known), image_size=robot.size, width=policy.width,
         num_layers=policy.layers, mlp_width=3 * policy.width, points=policy.points,
     )  # fmt: skip
-    least, most = robot.hand
+    least, most = robot.felt
 
     def prepare(seen: dict[str, np.ndarray], sentence: str) -> Observation:
-        hand = np.clip(2 * (seen["proprioception"] - least) / (most - least) - 1, -1, 1)
-        return Observation(seen["images"], hand.astype(np.float32), words(sentence))
+        felt = np.clip(2 * (seen["proprioception"] - least) / (most - least) - 1, -1, 1)
+        pictures = seen["images"] if robot.cameras else none
+        return Observation(pictures, felt.astype(np.float32), words(sentence))
 
-    pictures = jnp.zeros((1, robot.cameras, robot.size, robot.size, 3), jnp.uint8)
-    example = Observation(pictures, jnp.zeros((1, len(least))), jnp.asarray(words(robot.instructions[0]))[None])
+    none = np.zeros((robot.cameras, robot.size, robot.size, 3), np.uint8)
+    first = prepare({"images": none, "proprioception": least}, robot.instructions[0])
+    example = Observation(*(jnp.asarray(leaf)[None] for leaf in first))
     return Kit(module, example, prepare, same, same)

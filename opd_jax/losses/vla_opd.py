@@ -54,7 +54,8 @@ def supervise(
     Returns:
         `supervise(student_params, EpisodeRollout of ActionTokens, ActionLabels, key) -> Weighted`, a `Partial`; no
         randomness. Weight is the number of counted tokens. Metrics, means over them: `reverse_kl`, `student_entropy`,
-        `teacher_entropy` in nats, `agreement` of the two modes, and `success` of the episode.
+        `teacher_entropy` in nats, `agreement` of the two modes, both values of `gradient_moments`, whatever the
+        objective; and `success` of the episode.
 
         | case | loss and gradient |
         | --- | --- |
@@ -94,9 +95,30 @@ def _supervise(objective, student_temperature, teacher_temperature, policy_fn, s
         "student_entropy": entropy(student_logp),
         "teacher_entropy": entropy(teacher_logp),
         "agreement": (jnp.argmax(student, -1) == best).astype(jnp.float32),
-    }
+    } | gradient_moments(student_logp, teacher_logp)
     metrics = {name: _mean(value, counted) for name, value in metrics.items()} | {"success": rollout.success}
     return Weighted(_sum(each, counted), _sum(jnp.ones_like(each), counted), jax.lax.stop_gradient(metrics))
+
+
+def gradient_moments(
+    student_logp: Float[Array, "*n K"], teacher_logp: Float[Array, "*n K"]
+) -> dict[str, Float[Array, "*n"]]:
+    """What sampling adds to the gradient of the reverse KL of a token, by the student's logits.
+
+    With `r = log pi_S - log pi_T` the exact gradient is `g = pi_S (r - KL)`, that of a sampled token a (eq. 6, 7)
+    `r_a (e_a - pi_S)`, of mean g. Both values are exact, sums over bins.
+
+    Returns:
+        `exact_gradient_square`: `|g|^2`. `sampled_gradient_variance`: `E |r_a (e_a - pi_S) - g|^2`, of one sample.
+        Both are 0 where the two are equal; where the teacher excludes what the student may do, both are infinite.
+    """
+    p, both = jnp.exp(student_logp), (student_logp > -jnp.inf) & (teacher_logp > -jnp.inf)
+    r = jnp.where(both, jnp.where(both, student_logp, 0) - jnp.where(both, teacher_logp, 0), 0)
+    exact = jnp.square(p * (r - (p * r).sum(-1, keepdims=True))).sum(-1)
+    second = (p * jnp.square(r) * (1 - 2 * p + jnp.square(p).sum(-1, keepdims=True))).sum(-1)
+    excluded = ((p > 0) & (teacher_logp == -jnp.inf)).any(-1)
+    values = {"exact_gradient_square": exact, "sampled_gradient_variance": jnp.maximum(second - exact, 0)}
+    return {name: jnp.where(excluded, jnp.inf, value) for name, value in values.items()}
 
 
 def grpo(policy_fn: Callable[[PyTree, PyTree], Array], *, clip: float = 0.2, clip_high: float = 0.28) -> Supervise:

@@ -46,7 +46,7 @@ RULES = (
 class Observation(NamedTuple):
     """What a policy sees at one decision."""
 
-    images: UInt8[Array, "B C height width 3"]  # of C cameras, always in the same order
+    images: UInt8[Array, "B C height width 3"]  # of C cameras, always in the same order; C = 0: it has none
     proprioception: Float[Array, "B P"]  # normalised; P = 0: the policy has none
     instruction: Int[Array, "B L"]  # token ids, 0 is padding, which is seen by nobody; the first is BOS, or a word
 
@@ -161,6 +161,8 @@ class Vla(nn.Module):
 
     def _context(self, observation: Observation) -> Float[Array, "B n D"]:
         """Tokens of the patches of each camera, and of the proprioception."""
+        if not observation.images.shape[1]:
+            return self.proprioception(observation.proprioception)[:, None]
         batch = len(observation.images)
         found = [self._look(tower, observation) for tower in self.towers]
         features = jnp.concatenate([one.tokens if isinstance(one, Points) else one for one in found], axis=-1)

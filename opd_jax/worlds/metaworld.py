@@ -83,6 +83,8 @@ TEN = (  # whose goals are seen from above, and whose experts are through in a h
 )  # fmt: skip
 SUITES = {"two": ("plate-slide-v3", "reach-v3"), "ten": TEN, "mt10": MT10, "mt50": NAMES}
 HAND = np.array([[-0.5, 0.4, 0.05, 0], [0.5, 1, 0.5, 1]], np.float32)  # least and most of `proprioception`
+THING = np.array([[-0.5, 0.4, 0, *[-1] * 4], [0.5, 1, 0.5, *[1] * 4]], np.float32)  # where it is, and its quaternion
+STATE = np.concatenate([HAND, THING, THING, THING[:, :3]], 1)  # least and most of a state: hand, two things, the goal
 ACTION_DIMS = 4
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 UPSIDE_DOWN = "corner2"
@@ -95,6 +97,7 @@ class MetaWorld:
     Args:
         task: a name of `TASKS`, or its place there.
         cameras: of `CAMERAS`; none for a policy that needs no pictures.
+        state: `proprioception` is all that the expert goes by, `STATE`.
         size: of the pictures, in pixels.
         horizon: steps of an episode; experts need 31 to 216.
         fast: pictures without shadows, reflections and multisampling, several times as quick.
@@ -113,8 +116,9 @@ class MetaWorld:
         size: int = 128,
         horizon: int = 500,
         fast: bool = True,
+        state: bool = False,
     ):
-        self.name, self.horizon = _name(task), horizon
+        self.name, self.horizon, self._state = _name(task), horizon, state
         self.instruction = TASKS[self.name]
         if unknown := set(cameras) - set(CAMERAS):
             raise _mistake(f"cameras={tuple(cameras)}: no {', '.join(unknown)}; choose of {', '.join(CAMERAS)}")
@@ -134,9 +138,11 @@ class MetaWorld:
         self._observed, self._success = self._environment.reset()[0], False
 
     def observe(self) -> dict[str, np.ndarray]:
-        """`images` [C, size, size, 3] uint8, where there are cameras, and `proprioception` [4]: x, y, z, opening."""
-        hand = {"proprioception": self._observed[:4].astype(np.float32)}
-        return hand | {"images": np.stack([self._picture(name) for name in self._cameras])} if self._cameras else hand
+        """`images` [C, size, size, 3] uint8, where there are cameras, and `proprioception` [4]: x, y, z, opening; or
+        [21], the state."""
+        felt = self._observed[[*range(18), 36, 37, 38]] if self._state else self._observed[:4]
+        felt = {"proprioception": felt.astype(np.float32)}
+        return felt | {"images": np.stack([self._picture(name) for name in self._cameras])} if self._cameras else felt
 
     def _picture(self, name: str) -> np.ndarray:
         picture = self._camera.picture(self._environment.data, name)

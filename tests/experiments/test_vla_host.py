@@ -18,7 +18,7 @@ pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from configs import vla_opd as configs
-from experiments import vla, vla_demos, vla_host, vla_methods, vla_openvla, vla_policies
+from experiments import vla, vla_demos, vla_host, vla_methods, vla_openvla, vla_pictures, vla_policies
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
@@ -111,8 +111,37 @@ def test_one_update_of_the_student_on_its_own_episodes(experiment, params):
 
 
 def test_a_film_is_what_was_seen_at_decisions(experiment, played):
-    frames = experiment.world.film(played, None, np.array([2]))
+    frames = experiment.world.film(played, None, None, np.array([2]))
     np.testing.assert_array_equal(frames[0, 1], np.concatenate(list(played.observation.images[2, 1]), 1))
+
+
+def test_a_policy_may_see_the_state_and_is_filmed_all_the_same(tmp_path):
+    experiment = Experiment(config_of(simulators__state=True), tmp_path, MESH)
+    world = experiment.world
+    params = jax.jit(experiment.module.init)(jax.random.key(0), world.example)["params"]
+    assert set(params) == {"language_model", "proprioception", "placeholders"}  # nothing that looks at pictures
+    act = vla_methods.greedy(vla_methods.logits_fn(experiment.module))
+    starts = world.starts(experiment.tasks, 0, "test")
+    rollout = world.play(act, params, starts, jax.random.key(1), Acting(Plan(3, 2), split="test", asked=8))
+    world._pool.close()
+    assert rollout.observation.images.shape[2] == 0 and rollout.states.shape[2:] == (8, metaworld.ACTION_DIMS)
+    assert rollout.observation.proprioception.shape[2:] == metaworld.STATE.shape[1:]
+    assert np.abs(rollout.observation.proprioception).max() <= 1
+
+    actions = vla_pictures.executed(rollout, 2)
+    frames = world.film(rollout, starts, actions, np.array([1]))
+    assert frames.shape == (1, 3, 32, 64, 3)
+    simulator = vla_host.MetaWorld.make(experiment.config)(experiment.tasks[1])
+    simulator.reset(0, "test")
+    for t in range(3):
+        seen = simulator.observe()
+        np.testing.assert_array_equal(frames[0, t], np.concatenate(list(seen["images"]), 1))
+        least, most = metaworld.STATE
+        felt = np.clip(2 * (seen["proprioception"] - least) / (most - least) - 1, -1, 1)
+        np.testing.assert_allclose(rollout.observation.proprioception[1, t], felt, atol=1e-6)
+        for action in np.asarray(actions[1, 2 * t : 2 * t + 2]):
+            simulator.step(action)
+    simulator.close()
 
 
 def test_words_are_told_apart():
@@ -245,6 +274,7 @@ def test_actions_become_the_robot_s_and_come_back():
         ({"held_out": ("reach-v3", "plate-slide-v3")}, "has all of two"),
         ({"simulators__workers": 0}, "simulators.workers=0"),
         ({"demos": "/nowhere"}, "demos=/nowhere: no such folder"),
+        ({"demos": "/", "simulators__state": True}, "demos=/: has pictures and no states"),
         ({"simulators__timeout": 0.0}, "simulators.timeout=0.0"),
         ({"simulators__cameras": ("front",)}, "simulators.cameras=('front',)"),
         ({"student__path": "/nowhere"}, "student.path=/nowhere: no such folder"),

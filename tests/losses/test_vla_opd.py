@@ -145,6 +145,27 @@ def test_a_split_batch_is_the_whole():
         chex.assert_trees_all_close(alone.total[0], whole.total[i], rtol=1e-6)
 
 
+def test_moments_of_the_gradient_are_those_of_autodiff_summed_over_every_token():
+    student, teacher = (draw(seed, 3, K) for seed in (11, 12))
+    s, t = (jax.nn.log_softmax(logits) for logits in (student, teacher))
+    exact = jax.grad(lambda logits: (jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - t)).sum())(student)
+    probability, variance = np.exp(np.float64(s)), 0.0
+    for token in range(K):
+        of_token = jax.grad(lambda logits, a=token: ((s - t)[:, a] * jax.nn.log_softmax(logits)[:, a]).sum())(student)
+        variance += probability[:, token] * np.square(np.float64(of_token - exact)).sum(-1)
+    moments = vla_opd.gradient_moments(s, t)
+    np.testing.assert_allclose(moments["exact_gradient_square"], np.square(np.float64(exact)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(moments["sampled_gradient_variance"], variance, rtol=1e-5)
+
+
+def test_moments_of_the_gradient_at_the_edges():
+    half, sure, never = jnp.log(0.5), 0.0, -jnp.inf
+    student = jnp.array([[half, half], [half, half], [never, sure]], jnp.float32)
+    teacher = jnp.array([[half, half], [never, sure], [never, sure]], jnp.float32)
+    for values in vla_opd.gradient_moments(student, teacher).values():
+        np.testing.assert_array_equal(values, [0, np.inf, 0])
+
+
 def test_the_sampled_token_has_the_exact_gradient_on_average_and_much_noise():
     """At fixed states. Every bin is drawn from the student; 4 standard errors, coordinate by coordinate."""
     exact = total_of("reverse_kl")(STUDENT)[1]

@@ -94,6 +94,30 @@ def test_expert_chunk_is_its_own_episode():
         simulator.step(action)
 
 
+def test_a_state_is_all_that_the_expert_goes_by():
+    simulator = MetaWorld("push-v3", cameras=(), state=True)
+    simulator.reset(0, "train")
+    state, environment = simulator.observe()["proprioception"], simulator._environment
+    assert set(simulator.observe()) == {"proprioception"} and state.shape == metaworld.STATE.shape[1:]
+    hand, thing, goal = environment.get_endeff_pos(), environment._get_pos_objects(), environment._target_pos
+    for part, whole in ((state[:3], hand), (state[4:7], thing), (state[-3:], goal)):
+        np.testing.assert_allclose(part, whole, atol=1e-6)
+    seen = np.zeros(39)
+    seen[:18], seen[-3:] = state[:18], state[-3:]
+    np.testing.assert_allclose(np.clip(simulator._policy.get_action(seen), -1, 1), simulator.expert(), atol=1e-5)
+
+
+@pytest.mark.parametrize("task", metaworld.SUITES["ten"])
+def test_states_of_ten_tasks_lie_between_their_bounds(task):
+    simulator = MetaWorld(task, cameras=(), state=True)
+    least, most = metaworld.STATE
+    for seed in range(3):
+        simulator.reset(seed, "train")
+        state = simulator.observe()["proprioception"]
+        absent = np.isin(np.arange(len(state)), np.arange(11, 18)) & (state == 0)  # a second thing
+        assert np.all(absent | (state >= least - 0.05) & (state <= most + 0.05)), state
+
+
 def test_scenes_of_splits_differ():
     simulator, goals = MetaWorld("reach-v3", cameras=()), {}
     for split in host_worker.SPLITS:
