@@ -123,10 +123,14 @@ def _metaworld(config: ConfigDict) -> None:
 
 def _metaworld_state(config: ConfigDict) -> None:
     """The same tasks for policies that see where things are, and no pictures: what is left is what to do."""
+    config.save_every = 100
     config.simulators.state = True
-    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "decay_steps": 60, "micro_batches": 1})
+    config.demonstrations.update({"few": 5, "many": 40})
+    config.sft.update({"steps": 3000, "decay_steps": 1500})
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "learning_rate": 2e-4, "decay_steps": 60})
+    config.opd.micro_batches = 1
     for name in ("grpo", "opd_then_grpo"):
-        config.arms[name].update({"batch_size": 4, "group": 4})
+        config.arms[name].update({"batch_size": 4, "group": 4, "learning_rate": 5e-5})
 
 
 def _tiny_metaworld(config: ConfigDict) -> None:
