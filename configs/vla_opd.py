@@ -113,24 +113,23 @@ def _tiny(config: ConfigDict) -> None:
 
 def _metaworld(config: ConfigDict) -> None:
     """Ten tasks of Meta-World, students from random parameters."""
-    config.update({"world": "metaworld", "suites": ("ten",), "held_out": (), "base": "", "save_every": 5})
+    config.update({"world": "metaworld", "suites": ("ten",), "held_out": (), "base": "", "save_every": 20})
     config.policy.update({"width": 96, "points": 12})
-    config.demonstrations.update({"few": 2, "many": 12})
-    config.sft.update({"steps": 600, "batch_size": 32, "learning_rate": 1e-3, "warmup": 30, "decay_steps": 300})
-    config.opd.update({"steps": 50, "learning_rate": 3e-4, "decay_steps": 15, "micro_batches": 8})
+    config.demonstrations.update({"few": 5, "many": 40})
+    config.sft.update({
+        "steps": 3000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 30, "decay_steps": 1500,
+    })  # fmt: skip
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "decay_steps": 60, "micro_batches": 8})
+    for name in ("grpo", "opd_then_grpo"):
+        config.arms[name].update({"batch_size": 4, "group": 4, "learning_rate": 5e-5})
     config.eval.episodes = 10
 
 
 def _metaworld_state(config: ConfigDict) -> None:
-    """The same tasks for policies that see where things are, and no pictures: what is left is what to do."""
-    config.save_every = 100
+    """The same for policies that see where things are, and no pictures: what is left is what to do."""
     config.simulators.state = True
-    config.demonstrations.update({"few": 5, "many": 40})
-    config.sft.update({"steps": 3000, "decay_steps": 1500})
-    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "learning_rate": 2e-4, "decay_steps": 60})
     config.opd.micro_batches = 1
-    for name in ("grpo", "opd_then_grpo"):
-        config.arms[name].update({"batch_size": 4, "group": 4, "learning_rate": 5e-5})
+    config.save_every = 100
 
 
 def _tiny_metaworld(config: ConfigDict) -> None:
