@@ -138,6 +138,7 @@ def _tiny_metaworld(config: ConfigDict) -> None:
     config.update({"suites": ("two",), "held_out": ()})
     config.policy.update({"points": 2})
     config.simulators.update({"at_once": 4, "size": 32, "horizon": 64, "spare": 4})
+    config.arms.opd_then_grpo.update({"batch_size": 2, "group": 2})
 
 
 def _paper(config: ConfigDict) -> None:
