@@ -130,6 +130,13 @@ def token_axis(length: int) -> str | None:
     return TOKENS if splits else None
 
 
+def head_parts(heads: int) -> int:
+    """How many parts `tensor` of the current mesh splits these heads into."""
+    if not _automatic(VOCABULARY) or heads % (n := jax.sharding.get_abstract_mesh().shape[VOCABULARY]):
+        return 1
+    return n
+
+
 def over_records(x: Float[Array, "*tokens D"], records: int) -> Float[Array, "*tokens D"]:
     """Keeps tokens split over the mesh as records are: XLA would split D instead, like the parameters.
 

@@ -18,9 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import sharding
+from opd_jax.models import attention
+from opd_jax.models.attention import Cache
 from opd_jax.models.rope import Rope, rotate
 from opd_jax.sharding import Rules
 
@@ -43,13 +45,6 @@ NARROWED = r"(kernel|embed_tokens/embedding)$"  # what is cast to `dtype` before
 def partition_rules(mesh: Mesh, rules: Rules = RULES) -> Rules:
     """`rules` for `sharding.param_specs`, without the axes that `mesh` does not have."""
     return sharding.along(rules, mesh.shape)
-
-
-class Cache(NamedTuple):
-    """Rotated keys, and values, of all layers; slot p holds the token at position p."""
-
-    k: Float[Array, "layers B length kv_heads head_dim"]
-    v: Float[Array, "layers B length kv_heads head_dim"]
 
 
 class Decoder(nn.Module):
@@ -190,7 +185,7 @@ class Decoder(nn.Module):
         frequencies, scale = self.rope.frequencies(self.head_dim)
         angles = places.astype(jnp.float32) * frequencies[None, None]
         if cache is not None:
-            mask = jnp.arange(length)[None, None, None] <= positions[:, None, :, None]
+            mask = attention.seen_slots(length, positions)
         context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, mask, added)
         (x, cache), _ = self.layers((x, cache), jnp.arange(self.num_layers), context, causal)
         return self.norm(x).reshape(*positions.shape, self.width), cache
@@ -208,8 +203,7 @@ class Decoder(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` records of up to `length` tokens, prompt included."""
-        shape = self.num_layers, batch, length, self.num_kv_heads, self.head_dim
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        return attention.empty(self.num_layers, batch, length, self.num_kv_heads, self.head_dim, self.dtype)
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """The output projection of `hidden`, in float32."""
@@ -284,15 +278,11 @@ class _Attention(nn.Module):
         q = rotate(self._heads(x, "q", num_heads, context), context.cos, context.sin)
         k = rotate(self._heads(x, "k", num_kv_heads, context), context.cos, context.sin)
         v = self._heads(x, "v", num_kv_heads, context)
-        causal = causal and cache is None
-        if cache is not None:
-            cache = Cache(*(write_slots(old, layer, context.positions, new) for old, new in zip(cache, (k, v))))
-            k, v = cache.k[layer], cache.v[layer]
-        if x.ndim == 3:
-            q, k, v = sharding.over_tokens(q), sharding.whole_rows(k), sharding.whole_rows(v)
-        out = jax.nn.dot_product_attention(
-            q, k, v, mask=context.mask, is_causal=causal, implementation=self.implementation
-        )
+        seen = {"mask": context.mask, "implementation": self.implementation}
+        if cache is None:
+            out = attention.attend(q, k, v, causal=causal, split=x.ndim == 3, **seen)
+        else:
+            out, cache = attention.extend(cache, layer, context.positions, q, k, v, **seen)
         return self.project_out(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:-1], -1)), cache
 
     def _heads(self, x: Array, which: str, count: int, context: _Context) -> Float[Array, "B S heads head_dim"]:
@@ -359,26 +349,6 @@ class _GroupedDense(nn.Module):
 def _dot_float32(x: Array, y: Array, dimensions: Any, precision: Any = None) -> Array:
     """A product with a float32 result, whatever the type of its factors."""
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def write_slots(
-    old: Shaped[Array, "L B slots *rest"],
-    layer: Array | int,
-    positions: Int[Array, "B S"],
-    new: Shaped[Array, "B S *rest"],
-) -> Shaped[Array, "L B slots *rest"]:
-    """A cache with `new` in the slots `positions` of every row; a position beyond the slots is written nowhere.
-
-    Every device writes its own rows: XLA, left to itself, gathers new keys and values of all rows on every device.
-    """
-
-    def write(old, layer, positions, new):
-        return old.at[layer, jnp.arange(new.shape[0])[:, None], positions].set(new)
-
-    if (axes := sharding.record_axes()) and new.shape[0] % sharding.record_parts() == 0:
-        rows, rest = sharding.record_spec(), sharding.record_spec(None, None)
-        write = jax.shard_map(write, in_specs=(rest, PartitionSpec(), rows, rows), out_specs=rest, axis_names=set(axes))
-    return write(old, jnp.asarray(layer), positions, new)
 
 
 def packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:

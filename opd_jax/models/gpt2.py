@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models.decoder import NORMAL, Cache, Embed, packing, write_slots
-from opd_jax.sharding import gathered, over_records, over_tokens, token_axis, whole_rows
+from opd_jax.models import attention
+from opd_jax.models.attention import Cache
+from opd_jax.models.decoder import NORMAL, Embed, packing
+from opd_jax.sharding import gathered, over_records, token_axis
 
 # Like `decoder.RULES`. The published vocabulary, 50257 tokens, does not split over a power of two and stays whole.
 RULES = (
@@ -101,7 +103,7 @@ class GPT2(nn.Module):
         """
         length = cache.k.shape[2]
         self._check_length(length)
-        mask = jnp.arange(length)[None, None, None] <= positions[:, None, :, None]
+        mask = attention.seen_slots(length, positions)
         hidden, cache = self._states(tokens, _Context(positions, mask), cache)
         return self.logits(hidden), cache
 
@@ -128,8 +130,8 @@ class GPT2(nn.Module):
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` records of up to `length` tokens, prompt included."""
-        shape = self.num_layers, batch, length, self.num_heads, self.width // self.num_heads
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        head_dim = self.width // self.num_heads
+        return attention.empty(self.num_layers, batch, length, self.num_heads, head_dim, self.dtype)
 
     def _states(
         self, tokens: Int[Array, "B S"], context: "_Context", cache: Cache | None
@@ -182,15 +184,11 @@ class _Attention(nn.Module):
         positions, width = context.positions, x.shape[-1]
         qkv = self.project(3 * width, name="c_attn")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*positions.shape, 3, self.num_heads, -1), 2, 0)
-        causal = cache is None
-        if cache is not None:
-            cache = Cache(*(write_slots(old, layer, positions, new) for old, new in zip(cache, (k, v))))
-            k, v = cache.k[layer], cache.v[layer]
-        if x.ndim == 3:
-            q, k, v = over_tokens(q), whole_rows(k), whole_rows(v)
-        out = jax.nn.dot_product_attention(
-            q, k, v, mask=context.mask, is_causal=causal, implementation=self.implementation
-        )
+        seen = {"mask": context.mask, "implementation": self.implementation}
+        if cache is None:
+            out = attention.attend(q, k, v, split=x.ndim == 3, **seen)
+        else:
+            out, cache = attention.extend(cache, layer, positions, q, k, v, **seen)
         return self.project_out(width, name="c_proj")(out.reshape(*x.shape[:-1], width)), cache
 
 

@@ -23,8 +23,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import sharding
-from opd_jax.models import decoder, vision
-from opd_jax.models.decoder import Decoder, packing, write_slots
+from opd_jax.models import attention, decoder, vision
+from opd_jax.models.attention import write_slots
+from opd_jax.models.decoder import Decoder, packing
 from opd_jax.models.images import ImageBank
 from opd_jax.models.vision import Vision, VisionTower
 
@@ -41,9 +42,9 @@ class Marks(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """A `decoder.Cache`, and where its tokens are for the rope."""
+    """An `attention.Cache`, and where its tokens are for the rope."""
 
-    text: decoder.Cache
+    text: attention.Cache
     following: Int[Array, "1 B length"]  # the rope position of a text token that comes after the token in a slot
 
 

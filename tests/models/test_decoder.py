@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from opd_jax.models.decoder import RULES, Decoder, Rope, partition_rules, write_slots
+from opd_jax.models.attention import write_slots
+from opd_jax.models.decoder import RULES, Decoder, Rope, partition_rules
 from opd_jax.sharding import make_mesh, param_specs, record_spec, shard_batch, shard_params
 
 TINY = {"vocab_size": 24, "width": 16, "mlp_width": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -112,7 +113,7 @@ def test_decode_of_ragged_prompts_equals_the_full_forward(module):
     padded = jnp.where(jnp.arange(7)[None] < prompt[:, None], tokens[:, :7], 23)  # garbage beyond the prompt
     index = jnp.broadcast_to(jnp.arange(7)[None], (3, 7))
     logits, cache = decode(params, padded, index, module.init_cache(3, 12))
-    assert cache.k.shape == (2, 3, 12, 2, module.head_dim)
+    assert cache.k.shape == (2, 3, 12, 2 * module.head_dim)
     for row in range(3):
         np.testing.assert_allclose(logits[row, : prompt[row]], expected[row, : prompt[row]], **CLOSE)
     for step in range(7):  # each record goes on from its own length; the shorter ones then idle beyond the cache

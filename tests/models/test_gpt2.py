@@ -194,7 +194,7 @@ def test_decode_of_ragged_prompts_equals_the_full_forward():
     expected = _jitted(TINY)(params, tokens)
     padded = np.where(np.arange(7) < prompt[:, None], tokens[:, :7], 23)  # garbage beyond the prompt
     logits, cache = decode(params, padded, np.broadcast_to(np.arange(7), (5, 7)), TINY.init_cache(5, 12))
-    assert cache.k.shape == (2, 5, 12, 4, 4)
+    assert cache.k.shape == (2, 5, 12, 16)
     for row in range(5):
         np.testing.assert_allclose(logits[row, : prompt[row]], expected[row, : prompt[row]], **CLOSE)
     for step in range(7):  # each record goes on from its own length; the shorter ones then idle beyond the cache
