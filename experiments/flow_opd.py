@@ -50,8 +50,6 @@ def validate(config, mesh) -> None:
             warm = grpo_recipe(config, part).warm_start
             uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
             check(warm.steps == 0 or not uneven, uneven)
-            uneven = sharding.uneven_parts(warm.pairs, warm.get("micro_batches", 1), mesh)
-            check(warm.steps == 0 or not uneven, f"{name}.warm_start: {uneven}")
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(known_tasks), f"{name}.prompts={part.prompts}: choose of {known_tasks}")
             known = (*own_rewards, *config.judges) + (("",) if part.get("path") else ())
@@ -67,7 +65,8 @@ def validate(config, mesh) -> None:
                 check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
             inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
             check(arm.init in inits, f"init={arm.init!r} (arm {name}): choose one of {', '.join(inits)}")
-        trained = {"grpo": config.grpo} | {f"arm {name}": arm_recipe(config, name) for name in config.arms}
+        trained = {f"arm {name}": arm_recipe(config, name) for name in config.arms}
+        trained |= {"grpo": config.grpo} if grpo_parts(config) and not config.shipped else {}
         for name, part in trained.items():
             uneven = sharding.uneven(part.prompts, mesh, f"{name}.prompts")
             check(not uneven, uneven)
@@ -159,26 +158,29 @@ class Experiment:
         return self.updates[shared]
 
     def judge(self, name: str, images: np.ndarray, texts: list[str]) -> np.ndarray:
-        """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges."""
+        """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges.
+
+        By this process: in training the first of several asks, and shares what was said.
+        """
         if name not in self.judges:
             return self.world.reward(name, images, texts)
-        return self.asked(name, images, texts).score
+        return self.judged_here(name, images, texts).score
 
     def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
         """What a judge says, with the rewards that it adds up; of several processes the first asks, for all."""
         if not hosts.several():
-            return self.asked(name, images, texts)
+            return self.judged_here(name, images, texts)
         parts = tuple(self.config.judges[name].weights)
 
         def rows():
-            said = self.asked(name, images, texts)
+            said = self.judged_here(name, images, texts)
             return np.stack([said.score, *(said.parts[part].score for part in parts)])
 
         score, *others = hosts.from_first(rows, (1 + len(parts), len(texts)))
         shared = {part: Scores(one, np.isfinite(one), {}) for part, one in zip(parts, others)}
         return combination.Combined(score, ~np.isnan(score), shared)
 
-    def asked(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
+    def judged_here(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
         """The same by this process, whatever the others do."""
         return self.judges[name].label(images, texts, self.workdir / "unscored" / name, self.world.metadata(texts))
 

@@ -128,7 +128,7 @@ def with_parts(config, name: str, parts: int) -> None:
 def steps(config, mesh, name: str) -> list[Step]:
     recipe, places = recipe_of(config, name), places_of(mesh)
     records = recipe.prompts * recipe.group
-    plan_steps.check_parts(mesh, name, records, recipe.micro_batches * recipe.get("updates", 1), recipe.prompts)
+    plan_steps.check_parts(mesh, name, records // recipe.get("updates", 1), recipe.micro_batches, recipe.prompts)
     world = world_of(config, places)
     task = jax.ShapeDtypeStruct((recipe.prompts,), jnp.int32)
     batch = places.rows({"condition": world.condition}, recipe.prompts) | {"task": places.rows(task)}

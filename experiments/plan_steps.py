@@ -137,8 +137,9 @@ def check_parts(mesh: Mesh, name: str, records: int, parts: int, prompts: int | 
     Args:
         prompts: of a batch, where records are several answers to each.
     """
-    wrong = prompts and sharding.uneven(prompts, mesh, "prompts")
-    if wrong := wrong or sharding.uneven_parts(records, parts, mesh):
+    wrong = "" if prompts is None else sharding.uneven(prompts, mesh, "prompts")
+    wrong = wrong or sharding.uneven_parts(records, parts, mesh)
+    if wrong:
         raise ConfigError(f"arm {name}: {wrong}")
 
 

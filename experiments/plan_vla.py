@@ -129,7 +129,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     keys = places.rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), acting_at_once)))
     seen = places.rows(setup.observation(acting_at_once))
     acts = setup.to_act(params) if config.student.sampling_copy else params
-    copied = bytes_of(acts) != bytes_of(params)  # else it is the parameters themselves
+    copied = jax.tree.leaves(acts) != jax.tree.leaves(params)  # else it is the parameters themselves
     drawn, _ = result(act, acts, seen, keys)
     rollout = places.rows(_rollout(setup, episodes, drawn))
     labels = places.rows(_labels(setup, rollout, recipe))

@@ -106,7 +106,7 @@ class Host(abc.ABC):
         if not 0 < part.crop <= 1:
             found.append(f"student.crop={part.crop}: give the share of a picture that is left, above 0, at most 1")
         most = cls.robot(config).cameras
-        if part.path and not 1 <= part.cameras <= most:
+        if part.path and most and not 1 <= part.cameras <= most:
             found.append(f"student.cameras={part.cameras}: give 1 to {most}, the simulator's")
         return found
 
@@ -178,7 +178,7 @@ class Host(abc.ABC):
     def expert_film(self, tasks, starts: Starts, key, chosen: np.ndarray, executed: int) -> np.ndarray:
         first = jax.tree.map(lambda leaf: leaf[chosen], hosts.fetch(starts))
         with self._simulators(functools.partial(shown, self.make(self.config))) as pool:
-            drawn = lambda seen, words: seen["images"]
+            drawn = lambda seen, words: self._kit.prepare(seen, words).images if self._sees else seen["images"]
             played = self._demonstrate(pool, first, self.config.eval.seed, "test", drawn)
         return _side_by_side(played.observation[0][:, ::executed])
 
@@ -264,8 +264,9 @@ class MetaWorld(Host):
         cameras = config.simulators.cameras
         if not cameras or set(cameras) - set(metaworld.CAMERAS):
             found.append(f"simulators.cameras={tuple(cameras)}: choose of {', '.join(metaworld.CAMERAS)}")
-        if config.simulators.state and config.demos:
-            found.append(f"demos={config.demos}: has pictures and no states; set simulators.state=False")
+        for name, given in (("demos", config.demos), ("student.path", config.student.path)):
+            if config.simulators.state and given:
+                found.append(f"{name}={given}: is about pictures, not states; set simulators.state=False")
         metaworld.check()
         mujoco_gl.choose()
         return found

@@ -32,7 +32,7 @@ AXES = {  # what each splits
 }
 RECORDS = ("data", "fsdp")
 PARAMETERS = "fsdp"  # splits every parameter
-VOCABULARY = "tensor"  # splits heads by columns
+VOCABULARY = HEADS = "tensor"  # splits output heads by columns, and the heads of attention
 TOKENS = "sequence"  # splits the tokens of a record
 
 
@@ -98,9 +98,10 @@ def uneven(batch: int, mesh: Mesh, name: str = "batch_size") -> str:
 
 def uneven_parts(records: int, parts: int, mesh: Mesh) -> str:
     """The same of an update's records, and of those of each of its micro-batches, which devices would repeat."""
-    wrong = uneven(records, mesh, "records")
-    if not wrong and (records % parts or (wrong := uneven(records // parts, mesh, "records of a micro-batch"))):
-        wrong = wrong or f"{records} records do not divide into {parts} micro-batches"
+    if parts < 1 or records % parts:
+        wrong = f"{records} records do not divide into {parts} micro-batches; use a divisor"
+    else:
+        wrong = uneven(records, mesh, "records") or uneven(records // parts, mesh, "records of a micro-batch")
     return f"{wrong}, or change micro_batches={parts} or mesh={dict(mesh.shape)}" if wrong else ""
 
 
@@ -132,9 +133,8 @@ def token_axis(length: int) -> str | None:
 
 def head_parts(heads: int) -> int:
     """How many parts `tensor` of the current mesh splits these heads into."""
-    if not _automatic(VOCABULARY) or heads % (n := jax.sharding.get_abstract_mesh().shape[VOCABULARY]):
-        return 1
-    return n
+    parts = jax.sharding.get_abstract_mesh().shape[HEADS] if _automatic(HEADS) else 1
+    return 1 if heads % parts else parts
 
 
 def over_records(x: Float[Array, "*tokens D"], records: int) -> Float[Array, "*tokens D"]:

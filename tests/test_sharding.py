@@ -79,6 +79,21 @@ def test_an_uneven_batch_is_named(batch, remedy):
     assert wrong == f"sft.batch_size={batch}: does not split over 8 devices; {remedy}"
 
 
+@pytest.mark.parametrize(
+    ("records", "parts", "says"),
+    [
+        (64, 0, "64 records do not divide into 0 micro-batches; use a divisor, or change micro_batches=0 or mesh="),
+        (64, 3, "64 records do not divide into 3"),
+        (12, 1, "records=12: does not split over 8 devices; use 8 or 16, or change micro_batches=1"),
+        (64, 16, "records of a micro-batch=4: does not split over 8 devices; use 8"),
+    ],
+)
+def test_uneven_micro_batches_are_named(records, parts, says):
+    mesh = sharding.make_mesh()
+    assert sharding.uneven_parts(64, 8, mesh) == ""
+    assert sharding.uneven_parts(records, parts, mesh).startswith(says)
+
+
 def test_shard_batch_splits_the_first_axis_and_keeps_values():
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     batch = {"x": np.arange(24.0).reshape(8, 3), "id": np.arange(8)}

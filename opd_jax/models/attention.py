@@ -100,7 +100,10 @@ def by_flat_heads(
     v: Float[Array, "B slots width"],
     mask: Bool[Array, "B 1 1 slots"],
 ) -> Float[Array, "B 1 heads head_dim"]:
-    """One query's attention to heads that lie side by side, as many at a time as are on one device."""
+    """One query's attention to heads that lie side by side, as many at a time as are on one device.
+
+    Where heads do not divide over `tensor`, devices share heads and exchange logits.
+    """
     batch, _, heads, dim = q.shape
     parts = sharding.head_parts(kv_heads)
     split = lambda one: one.reshape(*one.shape[:2], parts, -1)

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         _check(self)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
         norm = functools.partial(nn.RMSNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
-        attention = functools.partial(
+        attend = functools.partial(
             _Attention,
             heads=(self.num_heads, self.num_kv_heads, self.head_dim),
             project=functools.partial(dense, use_bias=self.qkv_bias),
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         scan = {"variable_axes": {"params": 0, "lora": 0}, "split_rngs": {"params": True}}
         scan["in_axes"] = (0, nn.broadcast, nn.broadcast)
         self.embed_tokens = Embed(self.vocab_size, self.width)
-        self.layers = nn.scan(block, length=self.num_layers, **scan)(attention, mlp, norm)
+        self.layers = nn.scan(block, length=self.num_layers, **scan)(attend, mlp, norm)
         self.norm = norm()
         if not self.tie_embeddings:
             self.lm_head = dense(self.vocab_size, use_bias=False, dot_general=_dot_float32)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax.models import attention
 from opd_jax.models.attention import Cache
 from opd_jax.models.decoder import NORMAL, Embed, packing
-from opd_jax.sharding import gathered, over_records, token_axis
+from opd_jax.sharding import gathered, over_records, over_tokens, token_axis
 
 # Like `decoder.RULES`. The published vocabulary, 50257 tokens, does not split over a power of two and stays whole.
 RULES = (
@@ -70,13 +70,13 @@ class GPT2(nn.Module):
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
         out = functools.partial(dense, kernel_init=nn.initializers.normal(0.02 / math.sqrt(2 * self.num_layers)))
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype, use_fast_variance=False)
-        attention = functools.partial(_Attention, self.num_heads, dense, out, self.attention)
+        attend = functools.partial(_Attention, self.num_heads, dense, out, self.attention)
         mlp = functools.partial(_Mlp, self.mlp_width or 4 * self.width, dense, out)
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
         scan = {"variable_axes": {"params": 0, "lora": 0}, "split_rngs": {"params": True}, "in_axes": (0, nn.broadcast)}
         self.embed_tokens = Embed(self.vocab_size, self.width)
         self.embed_positions = nn.Embed(self.max_positions, self.width, embedding_init=NORMAL)
-        self.layers = nn.scan(block, length=self.num_layers, **scan)(attention, mlp, norm)
+        self.layers = nn.scan(block, length=self.num_layers, **scan)(attend, mlp, norm)
         self.ln_f = norm()
 
     def __call__(

@@ -256,6 +256,15 @@ def test_stages_of_the_tabletop_are_those_of_before_there_were_worlds(experiment
     assert found["student_seed0"].startswith("4554bec5c617")
 
 
+def test_the_report_says_how_noisy_sampled_tokens_are(experiment):
+    line = {"stage": "vla_opd_seed0", "exact_gradient_square": 0.5, "sampled_gradient_variance": 4.0}
+    others = [line | {"stage": "vla_opd_seed1"}, {"stage": "opd_then_grpo_seed0"}, line | {"stage": "sft_many_seed0"}]
+    made = dict.fromkeys(("vla_opd", "sft_many", "opd_then_grpo"))
+    (said,) = vla.noise(experiment, [line, line | {"sampled_gradient_variance": 6.0}, *others], made)
+    assert said.endswith("means of all updates: vla_opd 10.0.")
+    assert vla.noise(experiment, others[1:], made) == []
+
+
 def test_a_student_without_success_is_told_of(capsys):
     vla.check_start({"average ↑": 0.0})
     assert "never succeeds" in capsys.readouterr().out

@@ -62,16 +62,17 @@ def test_what_is_not_seen_changes_nothing_and_16_bits_are_near():
 def test_devices_that_split_the_heads_exchange_nothing_where_they_divide(shape):
     given = seen(8, 4)
     expected, mesh = attention.by_flat_heads(4, *given), make_mesh(shape)
-    data, heads = "data" if "data" in shape else None, "tensor" if shape["tensor"] == 4 else None
-    places = (PartitionSpec(data, None, heads), *[PartitionSpec(data, None, heads)] * 2, PartitionSpec(data))
-    placed = [jax.device_put(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(given, places)]
+    whole = PartitionSpec("data" if "data" in shape else None, None, "tensor")
+    placed = [jax.device_put(leaf, NamedSharding(mesh, whole)) for leaf in given[:3]]
+    placed.append(jax.device_put(given[3], NamedSharding(mesh, PartitionSpec(*whole[:1]))))
     compiled = jax.jit(functools.partial(attention.by_flat_heads, 4)).lower(*placed).compile()
     np.testing.assert_allclose(compiled(*placed), expected, atol=1e-6)
-    assert not cost.cost_of(compiled.as_text(), devices=8).collectives
+    sent = cost.cost_of(compiled.as_text(), devices=8).sent
+    assert sent == 0 if shape["tensor"] == 4 else sent < 5 * given[0].nbytes  # eight devices share four heads: logits
 
 
 def test_a_tpu_reads_the_cache_once_for_a_token():
-    """Eight layers' worth of rows: with heads as an axis the same program moves three times the cache."""
+    """With heads as an axis the same program moves 2.6 times the cache."""
     pytest.importorskip("libtpu")
     rows, slots, kv_heads, heads, dim, layers = 64, 512, 2, 8, 128, 2
     mesh = jax.sharding.Mesh(chips.topology("v5p:2x2x1").devices[:1], ("data",))

@@ -247,6 +247,14 @@ def test_a_gradient_on_eight_devices_is_that_of_the_records_on_one(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
 
 
+def test_states_are_the_same_where_devices_split_the_tokens_of_a_row():
+    params, tokens = _params(), _tokens(4, 12, 24)
+    hidden = jax.jit(lambda params, tokens: TINY.apply({"params": params}, tokens, method="hidden"))
+    expected, mesh = hidden(params, tokens), make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
+    actual = hidden(shard_params(params, mesh, RULES), shard_batch(tokens, mesh))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 def test_rules_name_every_matrix():
     specs = jax.tree_util.tree_leaves_with_path(param_specs(_params(), RULES))
     unsplit = [jax.tree_util.keystr(path) for path, spec in specs if spec == jax.P()]
