@@ -26,12 +26,12 @@ from opd_jax.types import PyTree
 Rules = Sequence[tuple[str, PartitionSpec]]
 AXES = {  # what each splits
     "data": "records",
-    "fsdp": "records, and every parameter with its gradient and the optimiser's state",
+    "fsdp": "records, and the matrices that rules name, with their gradients and the optimiser's state",
     "sequence": "the tokens of a record",
     "tensor": "the inside of layers and the vocabulary",
 }
 RECORDS = ("data", "fsdp")
-PARAMETERS = "fsdp"  # splits every parameter
+PARAMETERS = "fsdp"  # splits matrices of parameters
 VOCABULARY = HEADS = "tensor"  # splits output heads by columns, and the heads of attention
 TOKENS = "sequence"  # splits the tokens of a record
 
