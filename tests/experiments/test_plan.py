@@ -145,7 +145,7 @@ PAPERS = [
     (dp_opd, "dp_opd", 3),
     (dp_opd, "private_teacher", 2),
     (uni_opd, "uni_opd_multi", 4),
-    (vla_opd, "vla_opd", 3),
+    (vla_opd, "vla_opd", 4),  # a copy in bfloat16 too
 ]
 
 
