@@ -48,8 +48,11 @@ def validate(config, mesh) -> None:
         check(embedded or config.eval.held_out, "eval.held_out=False: problems.path has no splits; give eval.path")
         levels = set(problems.levels) <= set(LEVELS)
         check(levels, f"problems.levels={problems.levels}: choose of {LEVELS}")
-        uneven = sharding.uneven(config.sampler.slots, mesh, "sampler.slots")
-        check(not uneven, uneven)
+        sizes = {"opd.batch_size": config.opd.batch_size, "sft.batch_size": config.sft.batch_size}
+        sizes["sampler.slots"] = config.sampler.slots
+        for name, value in sizes.items():
+            uneven = sharding.uneven(value, mesh, name)
+            check(not uneven, uneven)
         uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
         check(not uneven or not config.sft.steps, f"sft: {uneven}")
         length = problems.prompt_tokens + config.sampler.max_new_tokens
