@@ -195,7 +195,9 @@ class Tabletop:
         shown = demonstrate(starts, key, int(HORIZONS[tasks].max()), "test")
         return film(shown, shown.drawn, chosen)
 
-    def film(self, rollout: EpisodeRollout, starts: Starts, actions: Float[Array, "B S A"], chosen: np.ndarray):
+    def film(
+        self, rollout: EpisodeRollout, starts: Starts, actions: Float[Array, "B S A"], chosen: np.ndarray
+    ) -> np.ndarray:
         return film(rollout, actions, chosen)
 
 
