@@ -30,7 +30,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "only": () if variant in ALL else MAIN,  # names of arms, such as ('a', 'b'); (): all
         "suites": ("object",),  # of spatial, object, goal, long; of Meta-World: two, ten, mt10, mt50
         "held_out": ("object/8", "object/9"),  # tasks that only the first SFT has seen
-        "base": "shipped",  # a policy that has practised, by configs/vla_base.py; or your file of one; "": a random one
+        # What students begin with: "shipped", or your file, by configs/vla_base.py; of worlds on the host "practised",
+        # which `practice` makes; "": random parameters.
+        "base": "shipped",
         "policy": common.TABLETOP_POLICY | {"executed": 8},  # so much of a chunk
         "simulators": common.SIMULATORS,  # of worlds on the host
         "student": common.OPENVLA,  # a directory that students begin with, in place of `policy`'s sizes
@@ -40,6 +42,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "floor": 0.01,  # share of it that lies on all bins alike, so that no mistake costs hundreds of nats
         "demos": "",  # a data set in LeRobot's format, in place of an expert's demonstrations; of worlds on the host
         "demonstrations": {"few": 1, "many": 20, "seed": 7},  # of each task
+        "practice": {  # of the world's other tasks, the expert disturbed, labels at every decision
+            "tasks": (),  # names; (): all that are in no suite
+            "episodes": 25, "seed": 11,  # of each task
+            "steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "warmup": 100, "decay_steps": 2000,
+            "weight_decay": 0.0, "micro_batches": 1, "ema_decay": 0.0,
+        },
         "sft": {  # the student, and the baselines that learn from demonstrations
             "steps": 200, "batch_size": 64, "learning_rate": 3e-4, "warmup": 20, "decay_steps": 100,
             "weight_decay": 0.0, "micro_batches": 1, "ema_decay": 0.0,
@@ -112,14 +120,14 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _metaworld(config: ConfigDict) -> None:
-    """Ten tasks of Meta-World, students from random parameters."""
-    config.update({"world": "metaworld", "suites": ("ten",), "held_out": (), "base": "", "save_every": 20})
+    """Ten tasks of Meta-World, students that have practised the forty others."""
+    config.update({"world": "metaworld", "suites": ("ten",), "held_out": (), "base": "practised", "save_every": 20})
     config.policy.update({"width": 96, "points": 12})
     config.demonstrations.update({"few": 5, "many": 40})
     config.sft.update({
-        "steps": 3000, "batch_size": 32, "learning_rate": 1e-3, "warmup": 30, "decay_steps": 1500,
+        "steps": 1000, "batch_size": 32, "learning_rate": 5e-4, "warmup": 30, "decay_steps": 500,
     })  # fmt: skip
-    config.opd.update({"batch_size": 16, "group": 1, "steps": 200, "decay_steps": 60, "micro_batches": 8})
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 400, "decay_steps": 120, "micro_batches": 8})
     for name in ("grpo", "opd_then_grpo"):
         config.arms[name].update({"batch_size": 4, "group": 4, "learning_rate": 5e-5})
     config.eval.episodes = 10
@@ -138,6 +146,9 @@ def _tiny_metaworld(config: ConfigDict) -> None:
     config.update({"suites": ("two",), "held_out": ()})
     config.policy.update({"points": 2})
     config.simulators.update({"at_once": 4, "size": 32, "horizon": 64, "spare": 4})
+    config.practice.update({"tasks": ("drawer-close-v3",), "episodes": 1, "steps": 2, "batch_size": 8})
+    config.practice.update({"warmup": 0, "decay_steps": 1})
+    config.base = "practised"
     config.arms.opd_then_grpo.update({"batch_size": 2, "group": 2})
 
 

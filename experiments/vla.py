@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from experiments.reasoning_stages import arm_recipe
+from experiments.vla_host import PRACTISED
 from experiments.vla_methods import EXPERT, GIVEN
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import WORLDS, Experiment
@@ -15,6 +16,7 @@ from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
+BASE = {"bins": "base", "flow": "flow base"}  # that has practised other tasks
 METHODS = ("opd", "grpo", "sft")
 NOISE = ("exact_gradient_square", "sampled_gradient_variance")
 LOGGED = ("reverse_kl", "student_entropy", "loss", *NOISE)
@@ -39,6 +41,9 @@ def validate(config, mesh) -> None:
         check(not uneven, uneven)
         uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
         check(not uneven or not config.sft.steps, f"sft: {uneven}")
+        uneven = sharding.uneven(config.practice.batch_size, mesh, "practice.batch_size")
+        uneven = uneven or sharding.uneven_parts(config.practice.batch_size, config.practice.micro_batches, mesh)
+        check(not uneven or config.base != PRACTISED, f"practice: {uneven}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
         check(shown or not learns, f"sft: {config.world} has no expert; give demos, or set sft.steps=0 and no sft arm")
@@ -107,6 +112,9 @@ def run(config, workdir: Path, mesh) -> None:
     if given:
         rows.append(row(experiment, "teacher", [experiment.success(given.params, "bins")]))
     for head in dict.fromkeys(arm_recipe(config, name).head for name in config.arms):
+        if config.base == PRACTISED:
+            base = experiment.base(head)
+            rows.append(row(experiment, BASE[head], [experiment.success(base.params, head)]))
         students = [experiment.student(seed, head) for seed in config.seeds]
         rows.append(row(experiment, BEFORE[head], [experiment.success(one.params, head) for one in students]))
         check_start(rows[-1])

@@ -17,17 +17,18 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import vla_demos, vla_openvla, vla_policies
-from experiments.vla_methods import Acting, Demonstrations, Starts, collected
+from experiments.vla_methods import Acting, Demonstrations, Starts, collected, decisions_of
 from experiments.vla_policies import Robot
 from opd_jax import hosts, rng, sharding
 from opd_jax.sampling import host_episodes
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_pool import Pool
-from opd_jax.sampling.host_worker import shown
+from opd_jax.sampling.host_worker import disturbed, shown
 from opd_jax.types import EpisodeRollout, PyTree
 from opd_jax.worlds import libero, metaworld, mujoco_gl
 
 ROUNDS = 4  # episodes of the expert that one simulator plays before they are taken down, to bound memory
+PRACTISED = "practised"  # a `base`
 SCENES = 2**31  # of the training split
 
 
@@ -105,9 +106,30 @@ class Host(abc.ABC):
             found.append(f"teacher.path={taught}: labels a student of its own kind; give student.path too")
         if not 0 < part.crop <= 1:
             found.append(f"student.crop={part.crop}: give the share of a picture that is left, above 0, at most 1")
+        found += cls._practice_mistakes(config)
         most = cls.robot(config).cameras
         if part.path and most and not 1 <= part.cameras <= most:
             found.append(f"student.cameras={part.cameras}: give 1 to {most}, the simulator's")
+        return found
+
+    @classmethod
+    def _practice_mistakes(cls, config) -> list[str]:
+        if config.base not in ("", PRACTISED):
+            return [f"base={config.base!r}: is of the tabletop; give '{PRACTISED}', or '' for random parameters"]
+        if not config.base:
+            return []
+        found, known = [], {task.name: task.suite for task in cls.catalogue(config)}
+        if not cls.expert or config.student.path:
+            found.append(f"base={PRACTISED!r}: of policies of our own in a world with an expert; set base=''")
+        for name in config.practice.tasks:
+            if name not in known:
+                found.append(f"practice.tasks: there is no {name!r}; choose of {', '.join(known)}")
+            elif known[name]:
+                found.append(f"practice.tasks: {name!r} is of {known[name]}, which students learn; leave it out")
+        if not config.practice.tasks and all(known.values()):
+            found.append(f"base={PRACTISED!r}: suites={tuple(config.suites)} leave no task to practise; set base=''")
+        if config.practice.episodes < 1:
+            found.append(f"practice.episodes={config.practice.episodes}: give 1 or more")
         return found
 
     def _simulators(self, make) -> Pool:
@@ -150,11 +172,13 @@ class Host(abc.ABC):
 
     # ---- the expert ----
 
-    def _demonstrate(self, pool: Pool, starts: Starts, seed: int, split: str, prepare) -> EpisodeRollout:
-        """Episodes of the expert, an observation and an action at every step; numpy arrays."""
-        steps = max(self.tasks[task].horizon for task in hosts.fetch(starts.task))
+    def _demonstrate(
+        self, pool: Pool, starts: Starts, seed: int, split: str, prepare, executed: int = 1
+    ) -> EpisodeRollout:
+        """Episodes of the expert, an observation and `executed` of its actions at every decision; numpy arrays."""
+        decisions = decisions_of(self, hosts.fetch(starts.task), executed)
         both = lambda seen, words: (prepare(seen, words), np.asarray(self._kit.from_robot(seen["expert"]), np.float32))
-        acting = Acting(Plan(steps, 1, self.settle), split=split)
+        acting = Acting(Plan(decisions, executed, self.settle), split=split)
         repeat = Partial(self._on_robot, _REPEAT)
         return self._rollout(pool, repeat, None, starts, rng.stream(seed, "expert"), acting, both)
 
@@ -167,6 +191,17 @@ class Host(abc.ABC):
             scenes = lambda asked, seed: _scenes(asked[:most], seed, "train")
             play = lambda asked, seed: self._demonstrate(pool, scenes(asked, seed), seed, "train", self._kit.prepare)
             return collected(play, tasks, count, seed, self.module.horizon)
+
+    def practice(self, tasks, count: int, seed: int) -> Demonstrations:
+        """`count` episodes of the expert in each task, disturbed; a row for every decision, with its whole chunk."""
+        steps, asked, found = self.module.horizon, np.repeat(tasks, count), []
+        telling = functools.partial(shown, self.make(self.config, pictures=self._sees), steps=steps)
+        most = ROUNDS * self.config.simulators.at_once
+        with self._simulators(functools.partial(disturbed, telling)) as pool:
+            for first in range(0, len(asked), most):
+                starts = _scenes(asked[first : first + most], seed + first, "train")
+                found.append(self._demonstrate(pool, starts, seed, "train", self._kit.prepare, steps))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *map(_as_practice, found))
 
     def expert_success(self, asked, seed: int) -> np.ndarray:
         with self._simulators(functools.partial(shown, self.make(self.config, pictures=False))) as pool:
@@ -224,8 +259,16 @@ def _on_robot(to_robot, rows, act, params, observation, keys):
     return drawn, to_robot(actions)
 
 
+def _as_practice(rollout: EpisodeRollout) -> Demonstrations:
+    """Every decision; the expert says what to do beyond the end of an episode, too."""
+    live = np.asarray(rollout.counted)[..., 0]
+    seen, chunks = jax.tree.map(lambda leaf: np.asarray(leaf)[live], rollout.observation)
+    task = np.broadcast_to(np.asarray(rollout.task)[:, None], live.shape)[live]
+    return Demonstrations(seen, chunks, np.ones(chunks.shape[:2], bool), task.astype(np.int32))
+
+
 def _repeat(params, observation, keys):
-    return observation[1], observation[1][:, None]
+    return observation[1][:, 0], observation[1]
 
 
 _REPEAT = Partial(_repeat)

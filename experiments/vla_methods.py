@@ -97,6 +97,7 @@ class World(Protocol):
     def play(self, act: Partial, params, starts: Starts, key, acting: Acting) -> EpisodeRollout: ...
     def chunks(self, states: PyTree, steps: int) -> Array: ...  # of the expert, [B, T, steps, A]; traceable, static
     def demonstrations(self, tasks, count: int, seed: int) -> Demonstrations: ...  # `count` successes of each task
+    def practice(self, tasks, count: int, seed: int) -> Demonstrations: ...  # where `base` may be practised
     def expert_success(self, asked, seed: int) -> np.ndarray: ...  # of an episode for each task asked, test scenes
     def expert_film(self, tasks, starts: Starts, key, chosen: np.ndarray, executed: int) -> np.ndarray: ...
     def film(self, rollout: EpisodeRollout, starts: Starts, actions: Array, chosen: np.ndarray) -> np.ndarray:

@@ -93,20 +93,47 @@ class Experiment:
         )
 
     def imitate(self, stage: str, seed: int, start, head: str, shown: Demonstrations, *upstream: str) -> stages.Made:
-        recipe = self.config.sft
+        about = {"demonstrations": self.config.demonstrations.to_dict()}
+        return self.supervise(stage, self.config.sft, seed, start, head, shown, about, *upstream)
+
+    def supervise(self, stage: str, recipe, seed: int, start, head: str, shown, about: dict, *upstream: str):
+        """SFT on what the expert has shown."""
         method = self.policies[head].imitation(recipe)
         batches = data.epochs(shown.row, len(shown.task), recipe.batch_size, seed, self.place)
-        about = {"demonstrations": self.config.demonstrations.to_dict(), "rows": len(shown.task)}
-        return self.train(stage, recipe, seed, start, method, batches, about, *upstream)
+        return self.train(stage, recipe, seed, start, method, batches, about | {"rows": len(shown.task)}, *upstream)
+
+    # ---- practice ----
+
+    @functools.cached_property
+    def practice(self) -> Demonstrations:
+        """The expert's episodes, disturbed, in the tasks of `practice`: all that are in no suite, if it names none."""
+        part = self.config.practice
+        of = lambda task: task.name in part.tasks if part.tasks else not task.suite
+        tasks = [i for i, task in enumerate(self.world.tasks) if of(task)]
+        return self.world.practice(tasks, part.episodes, part.seed)
 
     @functools.lru_cache  # noqa: B019  an experiment lives as long as the run
+    def base(self, head: str) -> stages.Made:
+        """A policy that has practised, one for the students of all seeds."""
+        part, stage = self.config.practice, "base" if head == "bins" else f"base_{head}"
+        start = self.world.first(self.policies[head].init, rng.stream(part.seed, "policy"))
+        return self.supervise(stage, part, part.seed, start, head, self.practice, {})
+
+    def first(self, seed: int, head: str) -> tuple:
+        """What the student of a seed begins with, and the hashes of what that depends on."""
+        if self.config.base == vla_host.PRACTISED:
+            base = self.base(head)
+            return base.params, (base.sha256,)
+        return self.world.first(self.policies[head].init, rng.stream(seed, "policy")), self.world.upstream
+
+    @functools.lru_cache  # noqa: B019
     def student(self, seed: int, head: str) -> stages.Made:
-        """SFT on few demonstrations, of a random policy or of one that is given; `sft.steps=0`: that one itself."""
-        params = self.world.first(self.policies[head].init, rng.stream(seed, "policy"))
+        """SFT on few demonstrations, of a random policy or of one that has learnt; `sft.steps=0`: that one itself."""
+        params, upstream = self.first(seed, head)
         if not self.config.sft.steps:
             return stages.Made(params, "", params_sha256(params), 0.0, 0)
         stage = f"student_seed{seed}" if head == "bins" else f"student_{head}_seed{seed}"
-        return self.imitate(stage, seed, params, head, self.few, *self.world.upstream)
+        return self.imitate(stage, seed, params, head, self.few, *upstream)
 
     @functools.lru_cache  # noqa: B019
     def arm(self, name: str, seed: int) -> stages.Made:

@@ -147,7 +147,8 @@ class Tabletop:
         few = part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points"
         even = part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size"
         own = not config.demos, f"demos={config.demos}: the tabletop's expert demonstrates; set ''"
-        return [line for good, line in (few, even, own) if not good]
+        base = config.base != "practised", "base='practised': is of simulators; on the tabletop give shipped, or a file"
+        return [line for good, line in (few, even, own, base) if not good]
 
     def first(self, init, key) -> PyTree:
         params = jax.jit(init)(key, self.example)

@@ -80,22 +80,58 @@ def expert_chunk(simulator: ExpertSimulator, steps: int) -> Float[np.ndarray, "H
 
 
 class _Shown:
-    """A simulator whose observations hold what its expert does in this state."""
+    """A simulator whose observations hold what its expert does from this state on."""
 
-    def __init__(self, simulator: ExpertSimulator):
-        self._simulator = simulator
+    def __init__(self, simulator: ExpertSimulator, steps: int):
+        self._simulator, self._steps = simulator, steps
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._simulator, name)
 
     def observe(self) -> dict[str, np.ndarray]:
-        return self._simulator.observe() | {"expert": np.asarray(self._simulator.expert(), np.float32)}
+        return self._simulator.observe() | {"expert": expert_chunk(self._simulator, self._steps)}
 
 
-def shown(make: MakeFn, task: int) -> Simulator:
-    """`functools.partial(shown, make)` makes simulators that also show `expert` [A] in what is observed: a policy that
-    repeats it demonstrates."""
-    return _Shown(make(task))
+def shown(make: MakeFn, task: int, steps: int = 1) -> Simulator:
+    """`functools.partial(shown, make)` makes simulators that also show `expert` [steps, A], a chunk of it, in what is
+    observed: a policy that repeats it demonstrates."""
+    return _Shown(make(task), steps)
+
+
+class _Disturbed:
+    """A simulator that does not quite do what it is told."""
+
+    DRIFT, SPREAD, PUSH, STEPS = 0.8, 0.6, 0.03, 8
+
+    def __init__(self, simulator: Simulator):
+        self._simulator = simulator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._simulator, name)
+
+    def reset(self, seed: int, split: str) -> None:
+        self._simulator.reset(seed, split)
+        self._random = np.random.default_rng(split_seed(seed, split))
+        self._strength = self._random.uniform()
+        self._drift, self._push, self._left = np.zeros(len(self.idle)), None, 0
+
+    def step(self, action: Float[np.ndarray, "A"]) -> None:
+        self._drift = self.DRIFT * self._drift + self.SPREAD * self._strength * self._random.normal(size=len(action))
+        if not self._left and self._random.uniform() < self.PUSH * self._strength:
+            self._push, self._left = self._random.uniform(-1, 1, len(action)), self.STEPS
+        disturbed = self._push if self._left else np.clip(action + self._drift, -1, 1)
+        self._left = max(0, self._left - 1)
+        self._simulator.step(np.asarray(disturbed, np.float32))
+
+
+def disturbed(make: MakeFn, task: int) -> Simulator:
+    """`functools.partial(disturbed, make)` makes simulators that add a drift to every action, in [-1, 1], and now and
+    then do something else for eight steps; from episode to episode more or less so, or hardly.
+
+    An expert that looks ahead is asked within, undisturbed: `functools.partial(disturbed, functools.partial(shown,
+    make))`, not the other way round.
+    """
+    return _Disturbed(make(task))
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
