@@ -22,10 +22,11 @@ from experiments import vla, vla_demos, vla_host, vla_methods, vla_openvla, vla_
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
-from opd_jax import optim
+from opd_jax import optim, rng
 from opd_jax.config import ConfigError
 from opd_jax.models import action_tokens
 from opd_jax.models.action_tokens import Statistics
+from opd_jax.sampling import host_worker
 from opd_jax.sampling.episodes import Plan
 from opd_jax.worlds import libero, metaworld, mujoco_gl
 
@@ -96,6 +97,32 @@ def test_demonstrations_are_successes_that_the_expert_shows(experiment):
     assert shown.observation.images.shape[1:] == (2, 32, 32, 3) and np.abs(shown.actions).max() <= 1
     np.testing.assert_array_equal(shown.actions[0, 1:], shown.actions[1, :-1])
     assert experiment.world.expert_success(np.repeat(experiment.tasks, 2), 0).mean() == 1
+
+
+def test_students_begin_with_a_policy_that_has_practised_what_is_in_no_suite(tmp_path):
+    experiment = Experiment(config_of(sft__steps=0, simulators__state=True), tmp_path, MESH)
+    shown, (task,) = experiment.practice, {metaworld.NAMES.index("drawer-close-v3")}
+    assert set(shown.task) == {task} and task not in experiment.tasks and shown.counted.all()
+    (begun,) = vla_host._scenes([task], experiment.config.practice.seed, "train").seed
+    simulator = metaworld.MetaWorld(task, cameras=(), state=True)
+    simulator.reset(int(begun), "train")
+    seen = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
+    np.testing.assert_array_equal(shown.observation.proprioception[0], seen.proprioception)
+    np.testing.assert_array_equal(shown.actions[0], host_worker.expert_chunk(simulator, 8))
+    for action in shown.actions[0]:
+        simulator.step(action)
+    undisturbed = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
+    assert (shown.observation.proprioception[1] != undisturbed.proprioception).any()
+    simulator.close()
+
+    base = experiment.base("bins")
+    first = experiment.world.first(experiment.policies["bins"].init, rng.stream(11, "policy"))
+    begins = [experiment.student(seed, "bins").params for seed in (0, 1)]
+    experiment.world._pool.close()
+    for leaves in zip(*map(jax.tree.leaves, (base.params, *begins))):
+        for leaf in leaves[1:]:
+            np.testing.assert_array_equal(leaf, leaves[0])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(base.params)))
 
 
 def test_one_update_of_the_student_on_its_own_episodes(experiment, params):
@@ -216,7 +243,7 @@ def directory(tmp_path_factory):
 
 
 def of_directory(directory, **changes):
-    paths = {"student__path": str(directory), "teacher__path": str(directory), "opd__teacher": GIVEN}
+    paths = {"student__path": str(directory), "teacher__path": str(directory), "opd__teacher": GIVEN, "base": ""}
     return config_of(**paths | {"policy__horizon": 2, "policy__executed": 2, "sft__steps": 0} | changes)
 
 
@@ -282,6 +309,13 @@ def test_actions_become_the_robot_s_and_come_back():
         ({"teacher__path": "/"}, "give student.path too"),
         ({"student__crop": 0.0}, "student.crop=0.0"),
         ({"opd__teacher": GIVEN}, "needs a policy of a directory; give teacher.path"),
+        ({"base": "shipped"}, "base='shipped': is of the tabletop; give 'practised'"),
+        ({"student__path": "/"}, "base='practised': of policies of our own"),
+        ({"practice__tasks": ("close-door",)}, "practice.tasks: there is no 'close-door'; choose of assembly-v3,"),
+        ({"practice__tasks": ("reach-v3",)}, "practice.tasks: 'reach-v3' is of two, which students learn"),
+        ({"practice__tasks": (), "suites": ("mt50",)}, "leave no task to practise; set base=''"),
+        ({"practice__episodes": 0}, "practice.episodes=0"),
+        ({"practice__batch_size": 9, "practice__micro_batches": 2}, "practice: "),
     ],
 )
 def test_what_is_refused_before_anything(changes, says):

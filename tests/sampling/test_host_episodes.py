@@ -282,11 +282,46 @@ def test_idle_simulators_are_kept_for_tasks_to_come():
 
 
 def test_a_shown_simulator_says_what_its_expert_does():
-    simulator = host_worker.shown(functools.partial(Line, folder=""), FINE)
+    simulator = host_worker.shown(functools.partial(Line, folder=""), FINE, steps=3)
     simulator.reset(FIRST, "train")
-    seen = simulator.observe()
-    np.testing.assert_array_equal(seen["expert"], np.float32(simulator.expert()))
-    assert seen["expert"].dtype == np.float32 and simulator.horizon == 13
+    seen, place = simulator.observe()["expert"], simulator.place
+    assert seen.shape == (3, 1) and seen.dtype == np.float32 and simulator.horizon == 13 and simulator.place == place
+    for action in seen:
+        np.testing.assert_array_equal(action, np.float32(simulator.expert()))
+        simulator.step(action)
+
+
+def told(simulator, seed, split="train", steps=40):
+    """What a disturbed simulator, told to stand still, has done instead."""
+    done, step = [], simulator._simulator.step
+    simulator._simulator.step = lambda action: (done.append(action), step(action))
+    simulator.reset(seed, split)
+    for _ in range(steps):
+        simulator.step(np.zeros(1, np.float32))
+    simulator._simulator.step = step
+    return np.stack(done)
+
+
+def test_disturbances_are_of_the_episode_and_more_in_some_than_in_others():
+    simulator = host_worker.disturbed(functools.partial(Line, folder=""), FINE)
+    episodes = np.stack([told(simulator, seed) for seed in range(24)])
+    np.testing.assert_array_equal(told(simulator, 3), episodes[3])  # whatever was played before
+    assert (told(simulator, 3, "test") != episodes[3]).any()
+    assert episodes.dtype == np.float32 and np.abs(episodes).max() <= 1
+    size = np.sort(np.abs(episodes).mean((1, 2)))
+    assert size[0] < 0.1 and size[-1] > 0.4
+    stands = (episodes[:, :-7] == episodes[:, 7:]).all(-1) & (episodes[:, :-7] != 0).all(-1)
+    assert stands.any(), "a push lasts eight steps"
+
+
+def test_an_expert_within_disturbances_looks_ahead_without_them():
+    make = functools.partial(host_worker.shown, functools.partial(Line, folder=""), steps=4)
+    simulator = host_worker.disturbed(make, FINE)
+    for seed in range(4):
+        simulator.reset(seed, "train")
+        simulator.step(np.ones(1, np.float32))
+        shown = simulator.observe()["expert"]
+        np.testing.assert_array_equal(shown, host_worker.expert_chunk(simulator._simulator, 4))
 
 
 def test_protocols_are_those_of_the_example():
