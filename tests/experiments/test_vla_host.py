@@ -104,15 +104,14 @@ def test_students_begin_with_a_policy_that_has_practised_what_is_in_no_suite(tmp
     shown, (task,) = experiment.practice, {metaworld.NAMES.index("drawer-close-v3")}
     assert set(shown.task) == {task} and task not in experiment.tasks and shown.counted.all()
     (begun,) = vla_host._scenes([task], experiment.config.practice.seed, "train").seed
-    simulator = metaworld.MetaWorld(task, cameras=(), state=True)
+    simulator = host_worker.disturbed(functools.partial(metaworld.MetaWorld, cameras=(), state=True), task)
     simulator.reset(int(begun), "train")
-    seen = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
-    np.testing.assert_array_equal(shown.observation.proprioception[0], seen.proprioception)
-    np.testing.assert_array_equal(shown.actions[0], host_worker.expert_chunk(simulator, 8))
-    for action in shown.actions[0]:
-        simulator.step(action)
-    undisturbed = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
-    assert (shown.observation.proprioception[1] != undisturbed.proprioception).any()
+    for row in range(3):
+        seen = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
+        np.testing.assert_array_equal(shown.observation.proprioception[row], seen.proprioception)
+        np.testing.assert_array_equal(shown.actions[row], host_worker.expert_chunk(simulator._simulator, 8))
+        for action in shown.actions[row]:
+            simulator.step(action)
     simulator.close()
 
     base = experiment.base("bins")
