@@ -174,7 +174,7 @@ def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
 
 def write(experiment: Experiment, rows: list[dict], made: dict, began: float) -> None:
     """summary.json, report.html and the table on the terminal."""
-    workdir = experiment.workdir
+    config, workdir = experiment.config, experiment.workdir
     columns = list(dict.fromkeys(column for line in rows for column in line))
     rows = [{column: line.get(column) for column in columns} for line in rows]
     main_name = "vla_opd" if "vla_opd" in made else list(made)[-1]
@@ -195,6 +195,7 @@ def write(experiment: Experiment, rows: list[dict], made: dict, began: float) ->
         f"Success: {experiment.world.goal} before the horizon; it ends the episode, so success once and at "
         "the end are the same. Scenes of the test split, the most probable bins. Held out: tasks that only the first "
         "student has seen. Steps and queries are of the arm, of its start and of a teacher that is an arm.",
+        *(["Base: has practised other tasks; what that cost is in no row."] if config.base == PRACTISED else []),
         *noise(experiment, lines, made),
         f"params_sha256: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
     ]
