@@ -77,8 +77,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "dagger": {"objective": "hard_cross_entropy"},
             "sampled": {"objective": "sampled", "acting_temperature": 1.0},
             "sft_many": {"method": "sft"},
-            "grpo": {"method": "grpo"},
-            "opd_then_grpo": {"method": "grpo", "start": "vla_opd"},
+            "grpo": {"method": "grpo", "learning_rate": 5e-5},
+            "opd_then_grpo": {"method": "grpo", "start": "vla_opd", "learning_rate": 5e-5},
             "flow": {"head": "flow"},
             "group_1": {"batch_size": 16, "group": 1},  # as many episodes
             "group_8": {"batch_size": 2, "group": 8},
@@ -129,7 +129,7 @@ def _metaworld(config: ConfigDict) -> None:
     })  # fmt: skip
     config.opd.update({"batch_size": 16, "group": 1, "steps": 400, "decay_steps": 120, "micro_batches": 8})
     for name in ("grpo", "opd_then_grpo"):
-        config.arms[name].update({"batch_size": 4, "group": 4, "learning_rate": 5e-5})
+        config.arms[name].update({"batch_size": 4, "group": 4})
     config.eval.episodes = 10
 
 
