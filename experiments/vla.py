@@ -35,10 +35,10 @@ def validate(config, mesh) -> None:
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
-        uneven = sharding.uneven(config.sft.batch_size, mesh, "sft.batch_size")
-        check(not uneven, uneven)
-        uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
-        check(not uneven or not config.sft.steps, f"sft: {uneven}")
+        uneven = sharding.uneven(config.sft.batch_size, mesh)
+        if config.sft.steps:
+            uneven = uneven or sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
+        check(not uneven, f"sft: {uneven}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
         check(shown or not learns, f"sft: {config.world} has no expert; give demos, or set sft.steps=0 and no sft arm")
@@ -92,9 +92,8 @@ def check_arm(check, config, name: str, mesh) -> None:
         check(arm[key] > 0, f"{key}={arm[key]} (arm {name}): give a number above 0")
     alone = arm.method == "grpo" and arm.group < 2
     check(not alone, f"group={arm.group} (arm {name}): GRPO compares episodes of one initial state; give 2 or more")
-    uneven = sharding.uneven(arm.batch_size, mesh, f"batch_size of arm {name}")
-    check(not uneven, uneven)
-    uneven = sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
+    uneven = sharding.uneven(arm.batch_size, mesh)
+    uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
 
 
