@@ -121,7 +121,8 @@ def steps(config, mesh, name: str) -> list[Step]:
     params = setup.params(trained=True)
     state, taught = places.state(params, optimizer), setup.params(trained=False)
     by_policy = not by_success and recipe.teacher != vla_methods.EXPERT
-    teacher = bytes_of(taught) if by_policy else 0
+    begun = bytes_of(params) if setup.published else 0  # the student's first parameters, which the world keeps
+    frozen = begun + (bytes_of(taught) if by_policy else 0)
 
     act = vla_methods.drawn(acting)
     acting_at_once = setup.at_once or episodes  # simulators on the host, or all episodes on the devices
@@ -134,17 +135,17 @@ def steps(config, mesh, name: str) -> list[Step]:
     labels = places.rows(_labels(setup, rollout, recipe))
 
     resting = bytes_of(state) - bytes_of(params)
-    held = teacher + resting + (bytes_of(params) if copied else 0)
+    held = frozen + resting + (bytes_of(params) if copied else 0)
     acted = one("act", lowering(act, acts, seen, keys), held, count=acting_at_once)
     made, every = [], episodes * setup.decisions
     if copied:
         copy = lowering(stages.copied, setup.module.sampling_copy, params)
-        made.append(one("copy", copy, teacher + resting, count=every))
+        made.append(one("copy", copy, frozen + resting, count=every))
     made.append(acted._replace(times=recipe.steps * setup.decisions * -(-episodes // acting_at_once)))
     if by_policy:
         read = vla_methods.network_labels(policy_fn, recipe.micro_batches)
-        made.append(one("label", lowering(read, taught, rollout), bytes_of(state), count=every))
-    return [*made, one("update", lowering(update, state, rollout, labels, KEY), teacher, count=every)]
+        made.append(one("label", lowering(read, taught, rollout), begun + bytes_of(state), count=every))
+    return [*made, one("update", lowering(update, state, rollout, labels, KEY), frozen, count=every)]
 
 
 def _rollout(setup: Setup, episodes: int, drawn) -> EpisodeRollout:
