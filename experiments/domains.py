@@ -74,8 +74,8 @@ def functions(module: Decoder | vlm.VLM, bank: ImageBank, vocab_size: int, copy:
     """Its functions, with the bank where it reads pictures; `copy` as of `language.functions`."""
     if isinstance(module, Decoder):
         return language.functions(module, vocab_size, copy)
-    gathered = module.gathered if copy else language.as_they_are
-    return LanguageModel(*vlm.functions(module, bank, vocab_size), module.head, vocab_size, gathered)
+    sampling_copy = module.sampling_copy if copy else language.as_they_are
+    return LanguageModel(*vlm.functions(module, bank, vocab_size), module.head, vocab_size, sampling_copy)
 
 
 def init(module: Decoder | vlm.VLM, bank: ImageBank, key) -> dict:

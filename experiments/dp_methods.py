@@ -20,17 +20,19 @@ from opd_jax.sampling.tokens import Prompts, SamplingParams
 from opd_jax.types import Method, TokenRollout
 
 
-@functools.partial(jax.jit, static_argnames=("init_cache", "gathered", "how", "room", "rollouts"))
-def continuations(decode_fn, params, batch, key, *, init_cache, gathered, how, room, rollouts: int = 1) -> TokenRollout:
+@functools.partial(jax.jit, static_argnames=("init_cache", "sampling_copy", "how", "rollouts"))
+def continuations(decode_fn, params, batch, key, *, init_cache, sampling_copy, how, rollouts: int = 1) -> TokenRollout:
     """The student's continuations of every record's prompt, `rollouts` next to each other; nobody's are empty.
 
-    A record's are functions of its prompt, the student and a key of its own.
+    A record's are functions of its prompt, the student and a key of its own. Texts are as long as records: of a row's
+    tokens, those that `how.max_new_tokens` leaves are the prompt's.
     """
     rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, rollouts, axis=0), batch)
     index = rows["index"]
     keys = rng.per_record(key, len(index))
+    room = rows["tokens"].shape[1] - how.max_new_tokens
     prompts = Prompts(rows["tokens"][:, :room], rows["prompt"], keys, index, jnp.zeros_like(index))
-    decode_fn, params = gathered((decode_fn, params))
+    decode_fn, params = sampling_copy((decode_fn, params))
     return without_nobody(sampling.generate(decode_fn, init_cache, params, prompts, how))
 
 
@@ -45,10 +47,10 @@ def own_text(batch, rollouts: int = 1) -> TokenRollout:
     return dp_records.as_rollout(jax.tree.map(lambda leaf: jnp.repeat(leaf, rollouts, axis=0), batch))
 
 
-def sample(student: LanguageModel, how: SamplingParams, room: int, recipe):
+def sample(student: LanguageModel, how: SamplingParams, recipe):
     """`Method.sample`: with probability lambda the student's continuations, else the records' own."""
     continued = functools.partial(
-        continuations, init_cache=student.init_cache, gathered=student.gathered, how=how, room=room,
+        continuations, init_cache=student.init_cache, sampling_copy=student.sampling_copy, how=how,
         rollouts=recipe.rollouts,
     )  # fmt: skip
 
@@ -85,7 +87,7 @@ def adapted(module: nn.Module, vocab_size: int, backbone, scale: float) -> Langu
     head = of(_frozen_head)
     whole = Partial(functools.partial(_frozen_head, module, None, scale), backbone)
     return LanguageModel(
-        of(_adapted_hidden), head, of(_adapted_decode), module.init_cache, whole, vocab_size, module.gathered
+        of(_adapted_hidden), head, of(_adapted_decode), module.init_cache, whole, vocab_size, module.sampling_copy
     )
 
 
@@ -107,7 +109,6 @@ def method(
     teacher: LanguageModel,
     teacher_params,
     how: SamplingParams,
-    room: int,
     recipe,
     mechanism: Mechanism | None,
     expected_batch: float,
@@ -147,7 +148,7 @@ def method(
         step = lambda state, drawn, labels, key: update(state, drawn[0], labels, key)
         return Method(stored(recipe), kept, step), optimizer
     said = lambda _, rollout: label(teacher.hidden, teacher_params, rollout)
-    return Method(sample(student, how, room, recipe), said, update), optimizer
+    return Method(sample(student, how, recipe), said, update), optimizer
 
 
 def mean_of_records(supervise):

@@ -205,8 +205,8 @@ class Experiment:
             batches = data.epochs(row, texts.count, recipe.batch_size, seed, self.place)
         trained, start = self.trained(setup.student, recipe, stage)
         made = dp_methods.method(
-            trained, teacher.functions, teacher.params, self.sampler, self.config.prompt_tokens,
-            recipe, mechanism, recipe.batch_size,
+            trained, teacher.functions, teacher.params, self.sampler, recipe, mechanism,
+            recipe.batch_size,
         )  # fmt: skip
         settings = {"arm": recipe.to_dict(), "seed": seed, "tokens": (self.config.tokens, self.config.prompt_tokens)}
         settings |= {"records": texts.count, "data": self.config.data, "how": self.sampler._asdict()}
@@ -224,8 +224,8 @@ class Experiment:
         batches = self.private_batches(stage, mechanism, recipe, whole.rows)
         trained, start = self.trained(setup.teacher, recipe, stage)
         made = dp_methods.method(
-            trained, setup.teacher.functions, setup.teacher.params, self.sampler, self.config.prompt_tokens,
-            recipe, mechanism, recipe.batch_size,
+            trained, setup.teacher.functions, setup.teacher.params, self.sampler, recipe, mechanism,
+            recipe.batch_size,
         )  # fmt: skip
         settings = {"arm": recipe.to_dict(), "seed": seed, "tokens": self.config.tokens, "records": texts.count}
         settings |= {"data": self.config.data, "privacy": self.config.privacy.to_dict()}
@@ -256,11 +256,11 @@ class Experiment:
 
     def continued(self, model: LanguageModel, params, texts: Texts, key) -> Texts:
         """Every record's prompt, continued by a model; kept in memory alone, for prompts may be private."""
-        params, room, parts = place(params, self.mesh), self.config.prompt_tokens, []
+        params, parts = place(params, self.mesh), []
         for number, batch in enumerate(dp_records.in_batches(texts, self.mesh)):
             drawn = dp_methods.continuations(
                 model.decode, params, batch, rng.at_step(key, number),
-                init_cache=model.init_cache, gathered=model.gathered, how=self.sampler, room=room,
+                init_cache=model.init_cache, sampling_copy=model.sampling_copy, how=self.sampler,
             )  # fmt: skip
             parts.append((np.asarray(drawn.tokens), np.asarray(drawn.length)))
         tokens, length = (np.concatenate(column)[: texts.count] for column in zip(*parts))

@@ -68,10 +68,9 @@ def validate(config, mesh) -> None:
         trained = {f"arm {name}": arm_recipe(config, name) for name in config.arms}
         trained |= {"grpo": config.grpo} if grpo_parts(config) and not config.shipped else {}
         for name, part in trained.items():
-            uneven = sharding.uneven(part.prompts, mesh, f"{name}.prompts")
-            check(not uneven, uneven)
             each, left = divmod(part.prompts * part.group, part.get("updates", 1))
-            uneven = sharding.uneven_parts(each, part.micro_batches, mesh)
+            uneven = sharding.uneven(part.prompts, mesh, "prompts")
+            uneven = uneven or sharding.uneven_parts(each, part.micro_batches, mesh)
             check(not uneven and not left, f"{name}: {uneven or f'{left} records are left over by updates'}")
         for line in world.mistakes(config):
             check(False, line)

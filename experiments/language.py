@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from experiments import stages
 from opd_jax import hosts, sharding
 from opd_jax.config import ConfigError, fingerprint
 from opd_jax.models.decoder import Decoder
@@ -51,7 +52,7 @@ class LanguageModel(NamedTuple):
     init_cache: Callable
     whole_head: Callable[[PyTree], jax.Array]  # params -> [D, V], with the padding that a checkpoint has
     vocab_size: int
-    gathered: Callable[[PyTree], PyTree]  # params, or what holds them, as a loop of `decode` reads them
+    sampling_copy: Callable[[PyTree], PyTree]  # of params, or what holds them: as a loop of `decode` reads them
 
 
 def functions(module: Decoder, vocab_size: int, copy: bool = True) -> LanguageModel:
@@ -67,19 +68,13 @@ def functions(module: Decoder, vocab_size: int, copy: bool = True) -> LanguageMo
         module.init_cache,
         module.head,
         vocab_size,
-        module.gathered if copy else as_they_are,
+        module.sampling_copy if copy else as_they_are,
     )
 
 
 def as_they_are(params: PyTree) -> PyTree:
-    """`LanguageModel.gathered` of one that makes no copy."""
+    """`LanguageModel.sampling_copy` of one that makes none."""
     return params
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def gathered(of: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    """`LanguageModel.gathered`, compiled."""
-    return of(params)
 
 
 def _hidden(module, params, tokens, segment_ids):
@@ -241,7 +236,7 @@ def answer_all(
     prompts = sampling.as_prompts(problems.ids, room, key, problems.tasks, samples)
     devices = 1 if mesh is None else sharding.record_parts(mesh)
     admit = max(slots // 2 // devices, 1) * devices
-    decode, params = gathered(model.gathered, (model.decode, params))
+    decode, params = stages.copied(model.sampling_copy, (model.decode, params))
     rollout = sampling.generate_in_slots(
         decode, model.init_cache, params, prompts, how, slots=slots, admit=admit, mesh=mesh
     )

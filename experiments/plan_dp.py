@@ -104,18 +104,18 @@ def steps(config, mesh, name: str) -> list[Step]:
     records = rows_of(config, mesh, recipe)
     parts = records // recipe.micro_batch if recipe.private else recipe.micro_batches
     plan_steps.check_parts(mesh, name, records, parts)
-    longest, room = config.tokens - config.prompt_tokens, config.prompt_tokens
+    longest = config.tokens - config.prompt_tokens
     how = sampling_params(config.sampler, longest, (0,), 0)
     one = functools.partial(Step, count=records * recipe.rollouts, unit="texts", float32=True, times=recipe.steps)
 
     trained, start = _trained(student, recipe, places)
-    update, optimizer = _update(trained, teacher, how, room, recipe, places)
+    update, optimizer = _update(trained, teacher, how, recipe, places)
     state = places.state(start, optimizer)
     frozen = 0 if start is student.params else bytes_of(student.params)  # an argument of sample and update
     batch = _batch(config, places, records)
     draw = functools.partial(
-        dp_methods.continuations, trained.decode, init_cache=trained.init_cache, gathered=trained.gathered, how=how,
-        room=room, rollouts=recipe.rollouts,
+        dp_methods.continuations, trained.decode, init_cache=trained.init_cache, sampling_copy=trained.sampling_copy,
+        how=how, rollouts=recipe.rollouts,
     )  # fmt: skip
     text = places.rows(result(dp_methods.own_text, batch, recipe.rollouts))
     labels = places.rows(result(dp_methods.label, teacher.functions.hidden, teacher.params, text))
@@ -138,7 +138,7 @@ def _stored(config, student: Model, teacher: Model, how, places: Places) -> list
     one = functools.partial(Step, count=dp_records.BATCH, unit="texts", float32=True)
     draw = functools.partial(
         dp_methods.continuations, student.functions.decode, init_cache=student.functions.init_cache,
-        gathered=student.functions.gathered, how=how, room=config.prompt_tokens,
+        sampling_copy=student.functions.sampling_copy, how=how,
     )  # fmt: skip
     read = lowering(dp_records.states, teacher.functions.hidden, teacher.params, batch["tokens"])
     return [
@@ -163,7 +163,7 @@ def _trained(model: Model, recipe, places: Places) -> tuple:
     return dp_methods.adapted(model.module, vocab_size, model.params, recipe.lora_scale), start
 
 
-def _update(trained, teacher: Model, how, room: int, recipe, places: Places) -> tuple:
+def _update(trained, teacher: Model, how, recipe, places: Places) -> tuple:
     """The update with the shapes of the teacher's head, and the optimiser. The noise's size changes no figure."""
     made = {}
     mechanism = Mechanism(1.0, 0.0, 1.0, 1.0) if recipe.private else None
@@ -173,7 +173,7 @@ def _update(trained, teacher: Model, how, room: int, recipe, places: Places) -> 
 
     def make(teacher_params):
         method, made["optimizer"] = dp_methods.method(
-            trained, teacher.functions, teacher_params, how, room, sampled, mechanism, recipe.batch_size
+            trained, teacher.functions, teacher_params, how, sampled, mechanism, recipe.batch_size
         )
         return method.update
 

@@ -12,11 +12,14 @@ from experiments import language, plan_models, plan_steps, token_methods
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result, shapes_of
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from opd_jax.losses.lightning_opd import LightningLabels
+from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models.decoder import Decoder, partition_rules
 
 SPLITS = True
-NOT_PLANNED = "SFT; the refilling of slots, in whose place whole batches of as many are answered"
-METHODS = ("online", "lightning", "off_policy")
+NOT_PLANNED = "SFT before the arms; the refilling of slots, in whose place whole batches of as many are answered"
+METHODS = ("online", "lightning", "off_policy", "grpo", "sft")
+SAMPLED = ("online", "grpo")  # at every step
+LABELLED = ("online", "off_policy")  # by the teacher, at every step
 
 
 class Setup:
@@ -70,7 +73,7 @@ def heading(config, mesh) -> list[str]:
 def records(config, name: str) -> int:
     """Of an update."""
     recipe = arm_recipe(config, name)
-    return recipe.batch_size * (recipe.group if recipe.method == "online" else 1)
+    return recipe.batch_size * (recipe.group if recipe.method in SAMPLED else 1)
 
 
 def parts(config, name: str) -> list[int]:
@@ -97,27 +100,35 @@ def steps(config, mesh, name: str) -> list[Step]:
     setup = setup_of(config, mesh)
     if recipe.method == "lightning":
         return _offline(setup, recipe)
-    return _online(setup, recipe, records(config, name))
+    return _stepwise(setup, recipe, records(config, name))
 
 
-def _online(setup: Setup, recipe, count: int) -> list[Step]:
-    """Samples and labels at every step; of `off_policy` the answers are there."""
+def _stepwise(setup: Setup, recipe, count: int) -> list[Step]:
+    """What every step of training runs. Of `off_policy` and `sft` the answers are there; verifiers are on the host."""
     method, update, optimizer = _method(setup, recipe)
     params, taught, places = setup.params["student"], setup.params["teacher"], setup.places
     state = places.state(params, optimizer, setup.config.compute.offload)
     once = functools.partial(
         Step, times=recipe.steps, count=count * setup.longest, unit="tokens", float32=setup.float32
     )
-    online = recipe.method == "online"
-    answer = method.sample if online else token_methods.answer(setup.student, setup.how)
+    sampled, labelled = recipe.method in SAMPLED, recipe.method in LABELLED
+    answer = method.sample if sampled else token_methods.answer(setup.student, setup.how)
     asked = (setup.places.prompts(recipe.batch_size, setup.room), KEY)
     rollout = places.rows(result(answer, params, *asked), count)
-    held = bytes_of(taught) + setup.start
-    sample = once("sample", lowering(answer, params, *asked), held + bytes_of(state) - bytes_of(params))
-    label = once("label", lowering(method.label, taught, rollout), setup.start + bytes_of(state))
-    labels = places.rows(result(method.label, taught, rollout))
-    learn = once("update", lowering(update, state, rollout, labels, KEY), held)
-    return [*([sample._replace(trips=setup.longest)] if online else []), label, learn]
+    held, made = bytes_of(taught) + setup.start, []
+    if sampled:
+        sample = once("sample", lowering(answer, params, *asked), held + bytes_of(state) - bytes_of(params))
+        made.append(sample._replace(trips=setup.longest))
+    if labelled:
+        made.append(once("label", lowering(method.label, taught, rollout), setup.start + bytes_of(state)))
+    labels = result(method.label, taught, rollout) if labelled else _rewards(rollout) if sampled else None
+    return [*made, once("update", lowering(update, state, rollout, places.rows(labels), KEY), held)]
+
+
+def _rewards(rollout) -> RewardLabels:
+    """Of GRPO, made on the host."""
+    one = jax.ShapeDtypeStruct(rollout.length.shape, jnp.float32)
+    return RewardLabels(one, None, one)
 
 
 def _offline(setup: Setup, recipe) -> list[Step]:
@@ -154,6 +165,8 @@ def _method(setup: Setup, recipe) -> tuple:
             "online": lambda: token_methods.online(student, teacher, teacher_params, setup.how, recipe),
             "lightning": lambda: token_methods.lightning(student, recipe),
             "off_policy": lambda: token_methods.off_policy(student, teacher, teacher_params, recipe),
+            "grpo": lambda: token_methods.grpo(student, None, None, setup.how, recipe),  # its verifier is not called
+            "sft": lambda: token_methods.sft(student, recipe),
         }[recipe.method]()
         return made["method"].update
 

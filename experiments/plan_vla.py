@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from experiments import plan_models, plan_steps, vla_methods, vla_policies, vla_stages, vla_tabletop
+from experiments import plan_models, plan_steps, stages, vla_methods, vla_policies, vla_stages, vla_tabletop
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
 from experiments.reasoning_stages import arm_recipe
 from opd_jax import sharding
 from opd_jax.losses import vla_opd
-from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import vla
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.vla import Observation
@@ -63,8 +62,8 @@ class Setup:
 
     def to_act(self, params):
         """The copy that episodes read."""
-        axes = [axis for axis in self.places.mesh.axis_names if axis != sharding.PARAMETERS]
-        return self.places.params(jax.eval_shape(self.module.gathered, params), sharding.along(self.places.rules, axes))
+        rules = sharding.gathered_rules(self.places.rules, self.places.mesh)
+        return self.places.params(jax.eval_shape(self.module.sampling_copy, params), rules)
 
     @property
     def decisions(self) -> int:
@@ -122,7 +121,8 @@ def steps(config, mesh, name: str) -> list[Step]:
     params = setup.params(trained=True)
     state, taught = places.state(params, optimizer), setup.params(trained=False)
     by_policy = not by_success and recipe.teacher != vla_methods.EXPERT
-    teacher = bytes_of(taught) if by_policy else 0
+    begun = bytes_of(params) if setup.published else 0  # the student's first parameters, which the world keeps
+    frozen = begun + (bytes_of(taught) if by_policy else 0)
 
     act = vla_methods.drawn(acting)
     acting_at_once = setup.at_once or episodes  # simulators on the host, or all episodes on the devices
@@ -135,16 +135,17 @@ def steps(config, mesh, name: str) -> list[Step]:
     labels = places.rows(_labels(setup, rollout, recipe))
 
     resting = bytes_of(state) - bytes_of(params)
-    held = teacher + resting + (bytes_of(params) if copied else 0)
+    held = frozen + resting + (bytes_of(params) if copied else 0)
     acted = one("act", lowering(act, acts, seen, keys), held, count=acting_at_once)
     made, every = [], episodes * setup.decisions
     if copied:
-        made.append(one("copy", lowering(vla_methods.gathered, setup.module, params), teacher + resting, count=every))
+        copy = lowering(stages.copied, setup.module.sampling_copy, params)
+        made.append(one("copy", copy, frozen + resting, count=every))
     made.append(acted._replace(times=recipe.steps * setup.decisions * -(-episodes // acting_at_once)))
     if by_policy:
         read = vla_methods.network_labels(policy_fn, recipe.micro_batches)
-        made.append(one("label", lowering(read, taught, rollout), bytes_of(state), count=every))
-    return [*made, one("update", lowering(update, state, rollout, labels, KEY), teacher, count=every)]
+        made.append(one("label", lowering(read, taught, rollout), begun + bytes_of(state), count=every))
+    return [*made, one("update", lowering(update, state, rollout, labels, KEY), frozen, count=every)]
 
 
 def _rollout(setup: Setup, episodes: int, drawn) -> EpisodeRollout:
@@ -160,6 +161,6 @@ def _rollout(setup: Setup, episodes: int, drawn) -> EpisodeRollout:
 
 def _labels(setup: Setup, rollout: EpisodeRollout, recipe):
     if recipe.method == "grpo":
-        return RewardLabels(rollout.success, None, rollout.success)
+        return result(vla_methods.reward_labels, None, rollout)
     shape = (*rollout.drawn.tokens.shape, vla.NUM_BINS)
     return ActionLabels(jax.ShapeDtypeStruct(shape, jnp.float32))

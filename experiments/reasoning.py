@@ -48,13 +48,12 @@ def validate(config, mesh) -> None:
         check(embedded or config.eval.held_out, "eval.held_out=False: problems.path has no splits; give eval.path")
         levels = set(problems.levels) <= set(LEVELS)
         check(levels, f"problems.levels={problems.levels}: choose of {LEVELS}")
-        sizes = {"opd.batch_size": config.opd.batch_size, "sft.batch_size": config.sft.batch_size}
-        sizes["sampler.slots"] = config.sampler.slots
-        for name, value in sizes.items():
-            uneven = sharding.uneven(value, mesh, name)
-            check(not uneven, uneven)
-        uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
-        check(not uneven or not config.sft.steps, f"sft: {uneven}")
+        uneven = sharding.uneven(config.sampler.slots, mesh, "sampler.slots")
+        check(not uneven, uneven)
+        uneven = sharding.uneven(config.sft.batch_size, mesh)
+        if config.sft.steps:
+            uneven = uneven or sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
+        check(not uneven, f"sft: {uneven}")
         length = problems.prompt_tokens + config.sampler.max_new_tokens
         uneven = sharding.uneven_tokens(length, mesh, "problems.prompt_tokens + sampler.max_new_tokens")
         check(not uneven, uneven)
@@ -73,10 +72,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     known |= {"sft": tuple(config.teachers), "teacher": tuple(config.teachers)}
     for key, choices in known.items():
         check(arm[key] in choices, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(choices)}")
-    uneven = sharding.uneven(arm.batch_size, mesh, f"arm {name}: batch_size")
-    check(not uneven, uneven)
     records = arm.batch_size * (arm.group if arm.method in ("online", "grpo") else 1)
-    uneven = sharding.uneven_parts(records, arm.micro_batches, mesh)
+    uneven = sharding.uneven(arm.batch_size, mesh) or sharding.uneven_parts(records, arm.micro_batches, mesh)
     check(not uneven, f"arm {name}: {uneven}")
     check(arm.method != "grpo" or arm.group > 1, f"group={arm.group} (arm {name}): GRPO compares at least 2 answers")
     consistent = arm.sft == arm.teacher or arm.method not in ("online", "lightning") or arm.residual

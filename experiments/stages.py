@@ -1,10 +1,13 @@
 """Stages of an experiment, each done once: what it makes is kept under the hash of everything it depends on."""
 
+import functools
 import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from opd_jax import hosts, loop, optim
 from opd_jax.checkpoint import load_params, params_sha256, save_params
@@ -138,3 +141,9 @@ def trained(
         return params, part.steps * part.batch_size * part.get("group", 1)
 
     return once(name, workdir, recipe, make, about)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def copied(sampling_copy: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """A model's `sampling_copy` of `params`, compiled: for a loop on the host. Compiled loops make it themselves."""
+    return sampling_copy(params)

@@ -39,19 +39,19 @@ def prompt(problems: Problems, room: int, index: int) -> dict[str, np.ndarray]:
     return {"tokens": np.pad(ids, (0, room - len(ids)))} | {name: np.int32(value) for name, value in whole.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("init_cache", "gathered", "how", "group"))
-def _answer(decode_fn, params, batch, key, *, init_cache, gathered, how, group):
+@functools.partial(jax.jit, static_argnames=("init_cache", "sampling_copy", "how", "group"))
+def _answer(decode_fn, params, batch, key, *, init_cache, sampling_copy, how, group):
     batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), batch)
     index = batch["index"]
     asked = Prompts(batch["tokens"], batch["length"], rng.per_record(key, len(index)), index, batch["task"])
-    decode_fn, params = gathered((decode_fn, params))
+    decode_fn, params = sampling_copy((decode_fn, params))
     return sampling.generate(decode_fn, init_cache, params, asked, how, group)
 
 
 def answer(student: LanguageModel, how: SamplingParams, group: int = 1):
     """`Method.sample`: `group` answers to every prompt of a batch."""
-    static = {"init_cache": student.init_cache, "gathered": student.gathered, "how": how, "group": group}
-    return functools.partial(_answer, student.decode, **static)
+    own = {"init_cache": student.init_cache, "sampling_copy": student.sampling_copy}
+    return functools.partial(_answer, student.decode, **own, how=how, group=group)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------

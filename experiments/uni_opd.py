@@ -91,15 +91,12 @@ def check_arm(check, config, name: str, mesh) -> None:
     count = len(config.settings[arm.setting])
     even = arm.batch_size % count == 0
     check(even, f"batch_size={arm.batch_size} (arm {name}): give a multiple of its {count} domains")
-    prompts = "" if arm.method == "offline" else sharding.uneven(arm.batch_size, mesh)
-    check(not prompts, f"{prompts} (arm {name})")
     each = arm.batch_size // count * arm.group
-    uneven = sharding.uneven(each, mesh, "answers of a domain in a batch, batch_size / domains * group,")
-    check(not uneven, f"{uneven} (arm {name})")
-    whole = each % (arm.label_parts * sharding.record_parts(mesh)) == 0
+    uneven = "" if arm.method == "offline" else sharding.uneven(arm.batch_size, mesh)
+    uneven = uneven or sharding.uneven(each, mesh, "answers of a domain in a batch, batch_size / domains * group,")
+    whole = uneven or each % (arm.label_parts * sharding.record_parts(mesh)) == 0
     check(whole, f"label_parts={arm.label_parts} (arm {name}): {each} answers do not divide; choose a divisor")
-    records = arm.batch_size * arm.group
-    uneven = sharding.uneven_parts(records, arm.micro_batches, mesh)
+    uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(not uneven, f"arm {name}: {uneven}")
     stored = arm.method != "offline" or arm.divergence == "sampled"
     check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")

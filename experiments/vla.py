@@ -37,12 +37,13 @@ def validate(config, mesh) -> None:
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
-        uneven = sharding.uneven(config.sft.batch_size, mesh, "sft.batch_size")
-        check(not uneven, uneven)
-        uneven = sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
-        check(not uneven or not config.sft.steps, f"sft: {uneven}")
-        uneven = sharding.uneven(config.practice.batch_size, mesh, "practice.batch_size")
-        uneven = uneven or sharding.uneven_parts(config.practice.batch_size, config.practice.micro_batches, mesh)
+        uneven = sharding.uneven(config.sft.batch_size, mesh)
+        if config.sft.steps:
+            uneven = uneven or sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
+        check(not uneven, f"sft: {uneven}")
+        part = config.practice
+        uneven = sharding.uneven(part.batch_size, mesh)
+        uneven = uneven or sharding.uneven_parts(part.batch_size, part.micro_batches, mesh)
         check(not uneven or config.base != PRACTISED, f"practice: {uneven}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
@@ -97,9 +98,8 @@ def check_arm(check, config, name: str, mesh) -> None:
         check(arm[key] > 0, f"{key}={arm[key]} (arm {name}): give a number above 0")
     alone = arm.method == "grpo" and arm.group < 2
     check(not alone, f"group={arm.group} (arm {name}): GRPO compares episodes of one initial state; give 2 or more")
-    uneven = sharding.uneven(arm.batch_size, mesh, f"batch_size of arm {name}")
-    check(not uneven, uneven)
-    uneven = sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
+    uneven = sharding.uneven(arm.batch_size, mesh)
+    uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
 
 

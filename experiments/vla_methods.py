@@ -177,12 +177,6 @@ def _taken(logits, tokens):
     return ActionTokens(tokens.astype(jnp.int32), own), action_tokens.decode(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def gathered(module: nn.Module, params: PyTree) -> PyTree:
-    """Parameters as the decisions of a rollout read them, made once for all of them: `sharding.gathered`."""
-    return module.gathered(params)
-
-
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 

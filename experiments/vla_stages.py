@@ -45,7 +45,7 @@ class Experiment:
 
     def to_act(self, params):
         """A policy's parameters as its episodes read them: a copy that belongs to one rollout."""
-        return vla_methods.gathered(self.module, params) if self.config.student.sampling_copy else params
+        return stages.copied(self.module.sampling_copy, params) if self.config.student.sampling_copy else params
 
     def acting(self, method):
         """The method with `sample` reading that copy."""

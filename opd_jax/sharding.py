@@ -269,6 +269,12 @@ def along(rules: Rules, axes: Collection[str]) -> Rules:
     return tuple((pattern, keep(spec)) for pattern, spec in rules)
 
 
+def gathered_rules(rules: Rules, mesh: Mesh | AbstractMesh | None = None) -> Rules:
+    """`rules` as `gathered` leaves parameters: split over all axes but `fsdp`; None: on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return along(rules, [axis for axis in mesh.axis_names if axis != PARAMETERS and _automatic(axis, mesh)])
+
+
 def gathered(tree: PyTree, rules: Rules, narrowed: str = "", dtype: Any = None) -> PyTree:
     """Parameters for many calls in a loop: no longer split over `fsdp`, and in the type that products are computed in.
 
@@ -283,8 +289,7 @@ def gathered(tree: PyTree, rules: Rules, narrowed: str = "", dtype: Any = None) 
             cast now, if that makes them smaller; so half as much is gathered, and results are the same bit for bit.
         dtype: of the model's products.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rules = along(rules, [axis for axis in mesh.axis_names if axis != PARAMETERS and _automatic(axis)])
+    mesh, rules = jax.sharding.get_abstract_mesh(), gathered_rules(rules)
 
     def once(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -228,7 +228,7 @@ def private_update(ghost, mesh):
     recipe.unlock()
     recipe.update({"lora_rank": 0, "ghost": ghost, "micro_batch": 8, "stored": False, "rollouts": 1})
     taught, own = placed(params_of(TEACHER, 1), mesh), Mechanism(1.0, 1e-5, 0.5, 0.1)
-    method, optimizer = dp_methods.method(student, teacher, taught, HOW, ROOM, recipe, own, 16)
+    method, optimizer = dp_methods.method(student, teacher, taught, HOW, recipe, own, 16)
     rollout = rows(on_one_device(), mesh)
     state = placed(optim.init_state(placed(params_of(STUDENT), mesh), optimizer), mesh)
     state, metrics = method.update(state, rollout, method.label(None, rollout), jax.random.key(3))
@@ -370,7 +370,7 @@ def test_tokens_that_do_not_split_are_refused():
 REFUSED = {  # experiment, config, what changes, and the part that is wrong
     "language": (reasoning, opd, {"opd.batch_size": 8, "opd.micro_batches": 2}, "arm online"),
     "sft": (reasoning, opd, {"sft.batch_size": 8, "sft.micro_batches": 2}, "sft"),
-    "uni": (uni_opd_experiment, uni_opd, {"opd.micro_batches": 4}, "arm uni_opd_multi"),
+    "uni": (uni_opd_experiment, uni_opd, {"opd.batch_size": 8, "opd.micro_batches": 4}, "arm uni_opd_multi"),
     "vla": (vla, vla_opd, {"opd.batch_size": 8, "opd.micro_batches": 4}, "arm vla_opd"),
     "flow": (flow_experiment, flow_opd, {"opd.prompts": 8, "opd.group": 1, "opd.micro_batches": 2}, "arm flow_opd"),
     "specialists": (flow_experiment, flow_opd, {"grpo.prompts": 8, "grpo.group": 2, "grpo.micro_batches": 4}, "grpo"),
@@ -388,3 +388,9 @@ def test_micro_batches_that_do_not_split_are_refused(name):
     with pytest.raises(ConfigError, match=says):
         experiment.validate(config, sharding.make_mesh({"data": 8}))
     experiment.validate(config, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+    if "micro_batch" not in (batch := next(iter(changes))):  # that itself does not split: of each mistake one line
+        config.update_from_flattened_dict({batch: 12})
+        with pytest.raises(ConfigError) as error:
+            experiment.validate(config, sharding.make_mesh({"data": 8}))
+        (line,) = (line for line in str(error.value).splitlines() if f"{where}: " in line)
+        assert "=12: does not split over 8 devices; use 8 or 16" in line

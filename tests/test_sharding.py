@@ -157,6 +157,15 @@ def test_shard_params_names_the_parameter_that_does_not_fit():
         sharding.shard_params(example_params(), mesh, (("bias", PartitionSpec(None, "tensor")),))
 
 
+def test_a_copy_to_sample_from_stays_split_over_all_axes_but_fsdp():
+    rules = (("a$", PartitionSpec("fsdp", "tensor")), ("b$", PartitionSpec("tensor", "fsdp")))
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    for found in (sharding.gathered_rules(rules), sharding.gathered_rules(rules, mesh)):
+        assert found == (("a$", PartitionSpec(None, "tensor")), ("b$", PartitionSpec("tensor", None)))
+    whole = PartitionSpec(None, None)
+    assert sharding.gathered_rules(rules, single_device()) == (("a$", whole), ("b$", whole))
+
+
 def test_replicate_puts_the_whole_array_everywhere():
     array = sharding.replicate({"w": np.arange(4.0)}, sharding.make_mesh())["w"]
     assert len(array.addressable_shards) == 8

@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         return params["embed_tokens"]["embedding"].T if self.tie_embeddings else params["lm_head"]["kernel"]
 
     @nn.nowrap
-    def gathered(self, params: Any) -> Any:
+    def sampling_copy(self, params: Any) -> Any:
         """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`."""
         return sharding.gathered(params, RULES, NARROWED, self.dtype)
 

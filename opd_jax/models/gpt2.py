@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from opd_jax import sharding
 from opd_jax.models import attention
 from opd_jax.models.attention import Cache
 from opd_jax.models.decoder import NORMAL, Embed, packing
-from opd_jax.sharding import gathered, over_records, over_tokens, token_axis
+from opd_jax.sharding import over_records, over_tokens, token_axis
 
 # Like `decoder.RULES`. The published vocabulary, 50257 tokens, does not split over a power of two and stays whole.
 RULES = (
@@ -120,12 +121,12 @@ class GPT2(nn.Module):
         return params["embed_tokens"]["embedding"].T
 
     @nn.nowrap
-    def gathered(self, params: Any) -> Any:
+    def sampling_copy(self, params: Any) -> Any:
         """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`.
 
         Embeddings keep their type: those of tokens and of positions are added before the sum is cast.
         """
-        return gathered(params, RULES, r"kernel$", self.dtype)
+        return sharding.gathered(params, RULES, r"kernel$", self.dtype)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:

@@ -125,7 +125,7 @@ class Vla(nn.Module):
         return out.astype(jnp.float32).reshape(actions.shape)
 
     @nn.nowrap
-    def gathered(self, params: Any) -> Any:
+    def sampling_copy(self, params: Any) -> Any:
         """`params` as many decisions in a row read them, a plain function of a tree that holds them.
 
         `sharding.gathered`; in the wider type where a tower computes in another one than the decoder.

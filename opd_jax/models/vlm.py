@@ -124,7 +124,7 @@ class VLM(nn.Module):
         return self.language_model.head(params["language_model"])
 
     @nn.nowrap
-    def gathered(self, params: Any) -> Any:
+    def sampling_copy(self, params: Any) -> Any:
         """`params` as decoding reads them, a plain function of a tree that holds them: `sharding.gathered`."""
         return sharding.gathered(params, RULES, decoder.NARROWED, self.language_model.dtype)
 

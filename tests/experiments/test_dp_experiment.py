@@ -163,9 +163,8 @@ def test_continuations_of_a_record_are_its_own(mine):
             {k: jnp.array(v) for k, v in texts.rows(np.array(some)).items()},
             rng.stream(0, "x"),
             init_cache=student.functions.init_cache,
-            gathered=student.functions.gathered,
+            sampling_copy=student.functions.sampling_copy,
             how=experiment.sampler,
-            room=8,
         )
         for some in ([3, 5], [3, -1])
     ]

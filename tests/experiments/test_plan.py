@@ -108,16 +108,36 @@ def test_an_offline_arm_has_a_store_to_write():
     assert [step.times for step in steps] == [3, 3, 3, config.opd.steps]  # in waves of 4 slots
 
 
+def test_rewards_and_stored_answers_need_no_teachers_labels():
+    """One update of as many records is of the same products, whatever the sampled tokens' loss."""
+    said = {"online": ["sample", "label", "update"], "grpo": ["sample", "update"], "sft": ["update"]}
+    found = {}
+    for method, names in said.items():
+        config = tiny("grpo", {"data": 1}, method=method, batch_size=4, group=4 if method == "grpo" else 1)
+        config.arms.grpo.batch_size //= config.arms.grpo.group
+        mesh = mesh_of(config, cpus(1))
+        steps = plan_language.steps(config, mesh, "grpo")
+        assert [step.name for step in steps] == names
+        found[method] = plan.priced(steps[-1], mesh, cpus(1))
+    setup = plan_language.setup_of(config, mesh)
+    assert {one.step.held for one in found.values()} == {plan_steps.bytes_of(setup.params["teacher"])}
+    assert {one.step.count for one in found.values()} == {4 * setup.longest}
+    assert len({one.cost.flops for one in found.values()}) == 1 and found["sft"].cost.flops > 0
+
+
 # ---- every experiment ------------------------------------------------------------------------------------------------
 
 STEPS = {
     (opd, "online"): ["sample", "label", "update"],
+    (opd, "off_policy"): ["label", "update"],
+    (lightning_opd, "grpo"): ["sample", "update"],
     (flow_opd, "flow_opd"): ["sample", "label", "update"],
     (flow_opd, "offline"): ["sample", "update"],
     (dp_opd, "dp_opd"): ["sample", "label", "update"],
     (dp_opd, "dp_lightning"): ["store: sample", "store: label", "update"],
     (uni_opd, "sampled"): ["sample", "charts: label", "logic: label", "update"],
     (vla_opd, "vla_opd"): ["act", "update"],
+    (vla_opd, "opd_then_grpo"): ["act", "update"],
 }
 
 
@@ -146,6 +166,7 @@ PAPERS = [
     (dp_opd, "private_teacher", 2),
     (uni_opd, "uni_opd_multi", 4),
     (vla_opd, "vla_opd", 4),  # a copy in bfloat16 too
+    (vla_opd, "grpo", 3),  # no teacher
 ]
 
 
@@ -181,6 +202,38 @@ def test_a_teacher_of_several_domains_is_read_and_held_once():
     setup = plan_uni.Setup(config, mesh_of(config, cpus(2)))
     assert setup.teacher("strong") is setup.teacher("strong")
     assert steps[-1].held == plan_steps.bytes_of(setup.teacher("strong").params, setup.bank)
+
+
+def test_grpo_of_a_policy_has_no_teacher():
+    config = tiny("vla_opd", {"data": 1}, vla_opd, teacher="sft_many")
+    mesh = mesh_of(config, cpus(1))
+    distilled = plan_vla.steps(config, mesh, "vla_opd")
+    rewarded = plan_vla.steps(tiny("opd_then_grpo", {"data": 1}, vla_opd, teacher="sft_many"), mesh, "opd_then_grpo")
+    own = plan_steps.bytes_of(plan_vla.Setup(config, mesh).params(trained=True))
+    assert [step.name for step in distilled] == ["act", "label", "update"]
+    assert [step.name for step in rewarded] == ["act", "update"]
+    assert [one.held - other.held for one, other in zip(distilled[::2], rewarded)] == [own, own]
+
+
+def test_a_published_policy_is_held_as_it_was_before():
+    """OpenVLA-7B, from shapes: a copy in 16 bits, and a teacher that is stored so."""
+    config = vla_opd.get_config("paper")
+    plan_models.named(config, "paper", "", "")
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    own = plan_steps.bytes_of(plan_vla.Setup(config, mesh).params(trained=True))
+    held = {step.name: step.held / own for step in plan_vla.steps(config, mesh, "vla_opd")}
+    assert held["update"] == 1.5  # and its first parameters
+    assert held["copy"] == pytest.approx(4.5) and held["act"] == pytest.approx(5.5)  # two moments, and the average
+    assert held["label"] == pytest.approx(5)
+
+
+def test_a_policys_copy_is_whole_over_fsdp():
+    config = tiny("opd_then_grpo", {"fsdp": 2}, vla_opd)
+    mesh = mesh_of(config, cpus(2))
+    setup = plan_vla.Setup(config, mesh)
+    params = setup.params(trained=True)
+    assert plan_steps.bytes_of(setup.to_act(params)) == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert [step.name for step in plan_vla.steps(config, mesh, "opd_then_grpo")] == ["copy", "act", "update"]
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

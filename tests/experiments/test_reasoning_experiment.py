@@ -102,7 +102,7 @@ def test_all_mistakes_are_named_at_once():
         reasoning.validate(config, mesh_of(2))
     for line in (
         "divergence='kl' (arm online)",
-        "opd.batch_size=5",
+        "arm online: batch_size=5",
         "top_p=1.5",
         "levels=(1, 9)",
         "group=1 (arm grpo)",

@@ -266,7 +266,7 @@ def test_bfloat16_computes_nearly_the_same_with_float32_logits():
     exact, rough = (_jitted(module)(params, tokens) for module in (TINY, half))
     assert rough.dtype == jnp.float32
     assert 0 < np.linalg.norm(rough - exact) < 0.05 * np.linalg.norm(exact)
-    copy = half.gathered(params)
+    copy = half.sampling_copy(params)
     assert copy["layers"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(_jitted(half)(copy, tokens), rough)
     assert half.init_cache(1, 2).k.dtype == jnp.bfloat16

@@ -289,7 +289,7 @@ def test_bfloat16_computes_nearly_the_same():
     low = {"dtype": jnp.bfloat16}
     rough = MODULE.clone(towers=(TOWER.clone(**low),), language_model=TEXT.clone(**low))
     velocity = jax.jit(lambda *args, flow=FLOW: rough.apply({"params": flow}, *args, method="velocity"))
-    copied = jax.jit(lambda *args: velocity(*args, flow=rough.gathered(FLOW)))
+    copied = jax.jit(lambda *args: velocity(*args, flow=rough.sampling_copy(FLOW)))
     exact, actual = (function(OBSERVATION, NOISY, TIME) for function in (functools.partial(VELOCITY, FLOW), velocity))
     assert actual.dtype == jnp.float32
     assert 0 < np.linalg.norm(actual - exact) < 0.1 * np.linalg.norm(exact)
@@ -301,7 +301,7 @@ def test_decisions_read_a_copy_that_is_not_split_over_fsdp():
     """What is narrowed fits the wider of a policy's types; a decision of the copy gathers no matrix."""
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     params, observation = shard_params(PARAMS, mesh, partition_rules(mesh, RULES)), shard_batch(OBSERVATION, mesh)
-    copy = jax.jit(MODULE.gathered)(params)
+    copy = jax.jit(MODULE.sampling_copy)(params)
     for leaf, spec in zip(jax.tree.leaves(copy), jax.tree.leaves(param_specs(PARAMS, RULES)), strict=True):
         kept = jax.P(*(axis if axis == "tensor" else None for axis in spec))
         assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, kept), leaf.ndim)
@@ -309,7 +309,7 @@ def test_decisions_read_a_copy_that_is_not_split_over_fsdp():
     sent = [cost_of(decide.lower(tree).compile().as_text(), devices=8).collectives for tree in (params, copy)]
     assert sent[0]["all-gather"].bytes > 10_000 and "all-gather" not in sent[1]
     half = MODULE.clone(language_model=TEXT.clone(dtype=jnp.bfloat16))
-    mixed = jax.eval_shape(half.gathered, PARAMS)
+    mixed = jax.eval_shape(half.sampling_copy, PARAMS)
     assert {leaf.dtype for leaf in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
 
 
