@@ -74,8 +74,8 @@ def whole(tmp_path_factory):
     return workdir
 
 
-# Of two processes the test after this compares the losses as well, and those of four that go on from there.
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
+# The next test goes on with four, whose losses it compares as well.
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_several_processes_end_as_one(whole, tmp_path, count):
     ended = run(count, *TWO_PHASES, f"--workdir={tmp_path / 'run'}")
     expected, found = losses(whole), losses(tmp_path / "run")
