@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 os.environ["XLA_FLAGS"] = " ".join([
     "--xla_cpu_use_fusion_emitters=false",  # a program is compiled in a quarter of the time; what it does is the same
@@ -19,6 +20,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # most of a test is compilation; this halves the suite
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # as experiments/main.py: collectives can wait for each other
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` in a script ignores it; some tests send it
+
+
+@pytest.fixture
+def optimized():
+    """Programs of the test are compiled with care: for a test that runs them for longer than that takes."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
