@@ -28,8 +28,8 @@ def free_port():
 
 def start(count, *arguments):
     """A run on four devices as `count` processes."""
-    own = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_cpu_multi_thread_eigen=false"
-    port, flags = free_port(), f"{os.environ['XLA_FLAGS']} {own}"  # the last of two values counts
+    port, flags = free_port(), f"--xla_force_host_platform_device_count={DEVICES // count}"
+    flags += " --xla_cpu_multi_thread_eigen=false --xla_cpu_use_fusion_emitters=false"  # the second as `conftest.py`
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if count == 1:
         environments, several = [environment], []
