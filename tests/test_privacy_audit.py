@@ -7,6 +7,7 @@ from experiments import dp_audit
 from opd_jax import privacy, privacy_audit
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("loss", dp_audit.LOSSES)
 def test_the_attack_stays_below_what_was_accounted_for_and_exceeds_it_without_noise(loss):
     multiplier = privacy.noise_multiplier(2.0, dp_audit.DELTA, dp_audit.RATE, dp_audit.STEPS)

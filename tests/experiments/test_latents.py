@@ -190,16 +190,17 @@ def test_teachers_are_guided_as_the_student(folder):
     condition = jax.tree.map(jnp.asarray, world.condition([0, 1, 2, 5]))
     task, t = jnp.array([1, 0, 0, 1]), jnp.array([0.2, 0.5, 0.7, 0.9])
     x = jax.random.normal(jax.random.key(0), (4, *world.shape))
-    routed = world.routed(adapters, x, t, (condition, task))
+    both, alone, apply = map(jax.jit, (world.routed, world.velocity, world.model.apply))
+    routed = both(adapters, x, t, (condition, task))
     for index, adapter in enumerate(adapters):
         mine = np.flatnonzero(task == index)
-        np.testing.assert_allclose(routed[mine], world.velocity(adapter, x, t, condition)[mine], atol=2e-5)
-    base = world.velocity({}, x, t, condition)
+        np.testing.assert_allclose(routed[mine], alone(adapter, x, t, condition)[mine], atol=2e-5)
+    base = alone({}, x, t, condition)
     assert np.abs(routed - base).max() > 1e-2
     merged = lora.merge(world.base.params, adapters[0], 2.0)
-    halves = [world.model.apply({"params": merged}, x, t, *rows) for rows in ((condition[1:]), null_of(world, 4))]
+    halves = [apply({"params": merged}, x, t, *rows) for rows in ((condition[1:]), null_of(world, 4))]
     np.testing.assert_allclose(
-        world.velocity(adapters[0], x, t, condition), halves[1] + 4.5 * (halves[0] - halves[1]), atol=1e-4
+        alone(adapters[0], x, t, condition), halves[1] + 4.5 * (halves[0] - halves[1]), atol=1e-4
     )
 
 
