@@ -229,7 +229,7 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"opd__teacher": "nobody"}, "teacher='nobody'"),
         ({"arms__vla_opd__teacher": "vla_opd"}, "teacher='vla_opd' (arm vla_opd)"),
         ({"opd__temperature": 0.0}, "temperature=0.0"),
-        ({"opd__batch_size": 7}, "batch_size of arm"),
+        ({"opd__batch_size": 7}, "arm vla_opd: batch_size=7: does not split"),
         ({"opd__micro_batches": 5}, "micro_batches=5"),
         ({"arms__opd_then_grpo__group": 1}, "group=1 (arm opd_then_grpo)"),
     ],
