@@ -10,13 +10,12 @@ from experiments.reasoning_stages import arm_recipe
 from experiments.vla_host import PRACTISED
 from experiments.vla_methods import EXPERT, GIVEN
 from experiments.vla_pictures import pictures
-from experiments.vla_stages import WORLDS, Experiment
+from experiments.vla_stages import BASES, WORLDS, Experiment
 from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
-BASE = {"bins": "base", "flow": "flow base"}  # that has practised other tasks
 METHODS = ("opd", "grpo", "sft")
 NOISE = ("exact_gradient_square", "sampled_gradient_variance")
 LOGGED = ("reverse_kl", "student_entropy", "loss", *NOISE)
@@ -114,7 +113,7 @@ def run(config, workdir: Path, mesh) -> None:
     for head in dict.fromkeys(arm_recipe(config, name).head for name in config.arms):
         if config.base == PRACTISED:
             base = experiment.base(head)
-            rows.append(row(experiment, BASE[head], [experiment.success(base.params, head)]))
+            rows.append(row(experiment, BASES[head].replace("_", " "), [experiment.success(base.params, head)]))
         students = [experiment.student(seed, head) for seed in config.seeds]
         rows.append(row(experiment, BEFORE[head], [experiment.success(one.params, head) for one in students]))
         check_start(rows[-1])
@@ -187,7 +186,7 @@ def write(experiment: Experiment, rows: list[dict], made: dict, began: float) ->
         "seconds": timings | {"total": time.time() - began},
     }
     report.write_summary(workdir / "summary.json", summary)
-    lines = metrics.read_metrics(workdir)
+    lines = [line for line in metrics.read_metrics(workdir) if line["stage"] not in BASES.values()]
     films, maps = shown(experiment, main_name, main)
     acted = [line for line in lines if "environment_steps" in line]  # demonstrations are successes all
     by_cost = {cost: report.curves_by(acted, "success", cost) for cost in COSTS}

@@ -16,6 +16,7 @@ from opd_jax.models.decoder import partition_rules
 from opd_jax.models.vla import RULES
 from opd_jax.sampling.episodes import Plan
 
+BASES = {"bins": "base", "flow": "base_flow"}  # stages, by the head of a policy
 WORLDS = {"tabletop": vla_tabletop.Tabletop, "metaworld": vla_host.MetaWorld, "libero": vla_host.Libero}
 
 
@@ -115,9 +116,9 @@ class Experiment:
     @functools.lru_cache  # noqa: B019  an experiment lives as long as the run
     def base(self, head: str) -> stages.Made:
         """A policy that has practised, one for the students of all seeds."""
-        part, stage = self.config.practice, "base" if head == "bins" else f"base_{head}"
+        part = self.config.practice
         start = self.world.first(self.policies[head].init, rng.stream(part.seed, "policy"))
-        return self.supervise(stage, part, part.seed, start, head, self.practice, {})
+        return self.supervise(BASES[head], part, part.seed, start, head, self.practice, {})
 
     def first(self, seed: int, head: str) -> tuple:
         """What the student of a seed begins with, and the hashes of what that depends on."""
