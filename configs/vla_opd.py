@@ -127,7 +127,8 @@ def _metaworld(config: ConfigDict) -> None:
     config.sft.update({
         "steps": 1000, "batch_size": 32, "learning_rate": 5e-4, "warmup": 30, "decay_steps": 500,
     })  # fmt: skip
-    config.opd.update({"batch_size": 16, "group": 1, "steps": 400, "decay_steps": 120, "micro_batches": 8})
+    config.practice.update({"steps": 2500, "decay_steps": 1200})
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 300, "decay_steps": 100, "micro_batches": 8})
     for name in ("grpo", "opd_then_grpo"):
         config.arms[name].update({"batch_size": 4, "group": 4})
     config.eval.episodes = 10
@@ -136,7 +137,8 @@ def _metaworld(config: ConfigDict) -> None:
 def _metaworld_state(config: ConfigDict) -> None:
     """The same for policies that see where things are, and no pictures: what is left is what to do."""
     config.simulators.state = True
-    config.opd.micro_batches = 1
+    config.practice.update({"steps": 4000, "decay_steps": 2000})
+    config.opd.update({"steps": 400, "decay_steps": 120, "micro_batches": 1})
     config.save_every = 100
 
 
