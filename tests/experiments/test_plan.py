@@ -376,7 +376,6 @@ def planned(module, only, **arm):
         (lambda: plan_models.decoder_of("qwen9", "--student"), "--student=qwen9: neither a directory"),
         (lambda: plan_models.pipeline_of(""), "pipeline.path='': neither a diffusers directory"),
         (lambda: plan_models.policy_of("pi9"), "student.path='pi9': its sizes are read in a run alone"),
-        (lambda: planned(lightning_opd, "grpo"), "method 'grpo' cannot be planned yet"),
         (lambda: planned(uni_opd, "offline"), "method 'offline' cannot be planned yet"),
         (lambda: planned(vla_opd, "sft_many"), "method 'sft' cannot be planned yet"),
         (lambda: planned(lightning_opd, "online", micro_batches=4), "micro-batch=1: does not split over 2 devices"),
