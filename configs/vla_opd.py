@@ -8,8 +8,8 @@
     python experiments/main.py --config=configs/vla_opd.py:metaworld_state            # without pictures
     python experiments/main.py --config=configs/vla_opd.py:paper --config.student.path=... --config.teacher.path=...
 
-The student begins with one demonstration of each task. Its teacher is the tabletop's scripted expert, as a distribution
-over action bins. What has been measured is in `docs/results.md`.
+The student begins with one demonstration of each task, in Meta-World with five. Its teacher is the world's scripted
+expert, as a distribution over action bins. What has been measured is in `docs/results.md`.
 """
 
 from ml_collections import ConfigDict
@@ -42,10 +42,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "floor": 0.01,  # share of it that lies on all bins alike, so that no mistake costs hundreds of nats
         "demos": "",  # a data set in LeRobot's format, in place of an expert's demonstrations; of worlds on the host
         "demonstrations": {"few": 1, "many": 20, "seed": 7},  # of each task
-        "practice": {  # of the world's other tasks, the expert disturbed, labels at every decision
+        "practice": {  # read where `base` is "practised": the world's other tasks, in episodes of the expert, disturbed
             "tasks": (),  # names; (): all that are in no suite
             "episodes": 25, "seed": 11,  # of each task
-            "steps": 4000, "batch_size": 64, "learning_rate": 1e-3, "warmup": 100, "decay_steps": 2000,
+            "steps": 2500, "batch_size": 64, "learning_rate": 1e-3, "warmup": 100, "decay_steps": 1200,
             "weight_decay": 0.0, "micro_batches": 1, "ema_decay": 0.0,
         },
         "sft": {  # the student, and the baselines that learn from demonstrations
@@ -127,7 +127,6 @@ def _metaworld(config: ConfigDict) -> None:
     config.sft.update({
         "steps": 1000, "batch_size": 32, "learning_rate": 5e-4, "warmup": 30, "decay_steps": 500,
     })  # fmt: skip
-    config.practice.update({"steps": 2500, "decay_steps": 1200})
     config.opd.update({"batch_size": 16, "group": 1, "steps": 300, "decay_steps": 100, "micro_batches": 8})
     for name in ("grpo", "opd_then_grpo"):
         config.arms[name].update({"batch_size": 4, "group": 4})

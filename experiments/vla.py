@@ -44,6 +44,9 @@ def validate(config, mesh) -> None:
         uneven = sharding.uneven(part.batch_size, mesh)
         uneven = uneven or sharding.uneven_parts(part.batch_size, part.micro_batches, mesh)
         check(not uneven or config.base != PRACTISED, f"practice: {uneven}")
+        least = part.warmup + part.decay_steps
+        enough = config.base != PRACTISED or part.steps > least
+        check(enough, f"practice.steps={part.steps}: give more than warmup + decay_steps, {least}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
         check(shown or not learns, f"sft: {config.world} has no expert; give demos, or set sft.steps=0 and no sft arm")

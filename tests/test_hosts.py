@@ -17,7 +17,7 @@ from opd_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4  # of the whole run
-TWO_PHASES = ("--config=configs/scenes_base.py:tiny", "--config.phases=('draw', 'web')")
+TWO_PHASES = ("--config=configs/scenes_base.py:tiny", "--config.phases=('draw', 'web')", "--config.web.steps=12")
 
 
 def free_port():

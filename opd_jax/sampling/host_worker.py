@@ -99,9 +99,10 @@ def shown(make: MakeFn, task: int, steps: int = 1) -> Simulator:
 
 
 class _Disturbed:
-    """A simulator that does not quite do what it is told."""
+    """A simulator that does not quite do what it is told: `disturbed` has the law."""
 
-    DRIFT, SPREAD, PUSH, STEPS = 0.8, 0.6, 0.03, 8
+    DRIFT, SPREAD = 0.8, 0.6  # how much of it is left a step later; deviation of what is added, at strength 1
+    PUSH, STEPS = 0.03, 8  # chance of one at a step, at strength 1; how long it lasts
 
     def __init__(self, simulator: Simulator):
         self._simulator = simulator
@@ -125,8 +126,11 @@ class _Disturbed:
 
 
 def disturbed(make: MakeFn, task: int) -> Simulator:
-    """`functools.partial(disturbed, make)` makes simulators that add a drift to every action, in [-1, 1], and now and
-    then do something else for eight steps; from episode to episode more or less so, or hardly.
+    """`functools.partial(disturbed, make)` makes simulators that add a drift to every action, and now and then push.
+
+    An episode has a strength s, even from 0 to 1, of its seed and split alone. Of a told a_t is done
+    `clip(a_t + d_t, -1, 1)` with `d_t = .8 d_(t-1) + .6 s n_t`, n standard normal; with chance `.03 s` at a step eight
+    steps are one push instead, even in [-1, 1] in each dimension.
 
     An expert that looks ahead is asked within, undisturbed: `functools.partial(disturbed, functools.partial(shown,
     make))`, not the other way round.

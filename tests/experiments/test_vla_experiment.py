@@ -219,6 +219,7 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"policy__width": 36}, "policy.width=36"),
         ({"sigma": 0.0}, "sigma=0.0"),
         ({"demos": "somewhere"}, "demos=somewhere: the tabletop's expert demonstrates"),
+        ({"base": "practised"}, "base='practised': is of simulators"),
         ({"eval__episodes": 0}, "eval.episodes=0"),
         ({"demonstrations__few": 0}, "few=0"),
         ({"opd__objective": "kl"}, "objective='kl'"),
