@@ -147,9 +147,9 @@ def _tiny_metaworld(config: ConfigDict) -> None:
     config.update({"suites": ("two",), "held_out": ()})
     config.policy.update({"points": 2})
     config.simulators.update({"at_once": 4, "size": 32, "horizon": 64, "spare": 4})
-    config.practice.update({"tasks": ("drawer-close-v3",), "episodes": 1, "steps": 2, "batch_size": 8})
-    config.practice.update({"warmup": 0, "decay_steps": 1})
     config.base = "practised"
+    config.practice.update({"tasks": ("drawer-close-v3",), "episodes": 1})
+    config.practice.update({"steps": 2, "batch_size": 8, "warmup": 0, "decay_steps": 1})
     config.arms.opd_then_grpo.update({"batch_size": 2, "group": 2})
 
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from experiments.reasoning_stages import arm_recipe
-from experiments.vla_host import PRACTISED
-from experiments.vla_methods import EXPERT, GIVEN
+from experiments.vla_methods import EXPERT, GIVEN, PRACTISED
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import BASES, WORLDS, Experiment
 from opd_jax import metrics, report, sharding

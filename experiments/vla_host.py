@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import vla_demos, vla_openvla, vla_policies
-from experiments.vla_methods import Acting, Demonstrations, Starts, collected, decisions_of
+from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected, decisions_of
 from experiments.vla_policies import Robot
 from opd_jax import hosts, rng, sharding
 from opd_jax.sampling import host_episodes
@@ -28,7 +28,6 @@ from opd_jax.types import EpisodeRollout, PyTree
 from opd_jax.worlds import libero, metaworld, mujoco_gl
 
 ROUNDS = 4  # episodes of the expert that one simulator plays before they are taken down, to bound memory
-PRACTISED = "practised"  # a `base`
 SCENES = 2**31  # of the training split
 
 

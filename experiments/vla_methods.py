@@ -22,6 +22,7 @@ from opd_jax.types import ActionLabels, ActionTokens, EpisodeRollout, Method, Py
 
 EXPERT = "expert"  # a teacher: what the world's own expert does
 GIVEN = "given"  # another: the policy of the directory `teacher.path`
+PRACTISED = "practised"  # a `base`: what `practice` of the config makes
 
 
 class Acting(NamedTuple):

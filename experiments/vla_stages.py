@@ -122,7 +122,7 @@ class Experiment:
 
     def first(self, seed: int, head: str) -> tuple:
         """What the student of a seed begins with, and the hashes of what that depends on."""
-        if self.config.base == vla_host.PRACTISED:
+        if self.config.base == vla_methods.PRACTISED:
             base = self.base(head)
             return base.params, (base.sha256,)
         return self.world.first(self.policies[head].init, rng.stream(seed, "policy")), self.world.upstream

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages
-from experiments.vla_methods import Acting, Demonstrations, Starts, collected
+from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected
 from opd_jax import hosts, rng, sharding
 from opd_jax.config import ConfigError
 from opd_jax.models import vla
@@ -147,7 +147,10 @@ class Tabletop:
         few = part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points"
         even = part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size"
         own = not config.demos, f"demos={config.demos}: the tabletop's expert demonstrates; set ''"
-        base = config.base != "practised", "base='practised': is of simulators; on the tabletop give shipped, or a file"
+        base = (
+            config.base != PRACTISED,
+            f"base={PRACTISED!r}: is of simulators; on the table give shipped, or a file",
+        )
         return [line for good, line in (few, even, own, base) if not good]
 
     def first(self, init, key) -> PyTree:
