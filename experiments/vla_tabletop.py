@@ -147,10 +147,7 @@ class Tabletop:
         few = part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points"
         even = part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size"
         own = not config.demos, f"demos={config.demos}: the tabletop's expert demonstrates; set ''"
-        base = (
-            config.base != PRACTISED,
-            f"base={PRACTISED!r}: is of simulators; on the table give shipped, or a file",
-        )
+        base = config.base != PRACTISED, f"base={PRACTISED!r}: is of simulators; give shipped, a file or ''"
         return [line for good, line in (few, even, own, base) if not good]
 
     def first(self, init, key) -> PyTree:
