@@ -116,6 +116,7 @@ def trained(
     Args:
         method: a `Method` and its optimiser.
         start: parameters that it begins with.
+        batches: an iterator for the loop, or, where it is dear, a function that makes one when it is needed.
         part: of the config, with steps and batch_size, and group where a prompt is answered more than once.
         place: puts the state on the devices.
         averaged: whether the moving average is what was made.
@@ -129,7 +130,7 @@ def trained(
         state, _ = loop.run(
             functions,
             offloaded(state) if offload else state,
-            batches,
+            batches() if callable(batches) else batches,
             workdir=workdir,
             stage=name,
             checkpoint_dir=checkpoint_dir,

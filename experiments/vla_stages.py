@@ -1,6 +1,7 @@
 """The stages of distilling robot policies, each made once: demonstrations, the first student, arms; and success."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from opd_jax.models.decoder import partition_rules
 from opd_jax.models.vla import RULES
 from opd_jax.sampling.episodes import Plan
 
+Shown = Callable[[], Demonstrations]
 BASES = {"bins": "base", "flow": "base_flow"}  # stages, by the head of a policy
 WORLDS = {"tabletop": vla_tabletop.Tabletop, "metaworld": vla_host.MetaWorld, "libero": vla_host.Libero}
 
@@ -93,15 +95,19 @@ class Experiment:
             **run,
         )
 
-    def imitate(self, stage: str, seed: int, start, head: str, shown: Demonstrations, *upstream: str) -> stages.Made:
+    def imitate(self, stage: str, seed: int, start, head: str, shown: Shown, *upstream: str) -> stages.Made:
         about = {"demonstrations": self.config.demonstrations.to_dict()}
         return self.supervise(stage, self.config.sft, seed, start, head, shown, about, *upstream)
 
-    def supervise(self, stage: str, recipe, seed: int, start, head: str, shown, about: dict, *upstream: str):
-        """SFT on what the expert has shown."""
+    def supervise(self, stage: str, recipe, seed: int, start, head: str, shown: Shown, about: dict, *upstream: str):
+        """SFT on what the expert has shown; it is asked where the stage is not made yet."""
         method = self.policies[head].imitation(recipe)
-        batches = data.epochs(shown.row, len(shown.task), recipe.batch_size, seed, self.place)
-        return self.train(stage, recipe, seed, start, method, batches, about | {"rows": len(shown.task)}, *upstream)
+
+        def batches():
+            rows = shown()
+            return data.epochs(rows.row, len(rows.task), recipe.batch_size, seed, self.place)
+
+        return self.train(stage, recipe, seed, start, method, batches, about, *upstream)
 
     # ---- practice ----
 
@@ -118,7 +124,7 @@ class Experiment:
         """A policy that has practised, one for the students of all seeds."""
         part = self.config.practice
         start = self.world.first(self.policies[head].init, rng.stream(part.seed, "policy"))
-        return self.supervise(BASES[head], part, part.seed, start, head, self.practice, {})
+        return self.supervise(BASES[head], part, part.seed, start, head, lambda: self.practice, {})
 
     def first(self, seed: int, head: str) -> tuple:
         """What the student of a seed begins with, and the hashes of what that depends on."""
@@ -134,7 +140,7 @@ class Experiment:
         if not self.config.sft.steps:
             return stages.Made(params, "", params_sha256(params), 0.0, 0)
         stage = f"student_seed{seed}" if head == "bins" else f"student_{head}_seed{seed}"
-        return self.imitate(stage, seed, params, head, self.few, *upstream)
+        return self.imitate(stage, seed, params, head, lambda: self.few, *upstream)
 
     @functools.lru_cache  # noqa: B019
     def arm(self, name: str, seed: int) -> stages.Made:
@@ -142,7 +148,7 @@ class Experiment:
         before = self.arm(recipe.start, seed) if recipe.start else self.student(seed, recipe.head)
         stage = f"{name}_seed{seed}"
         if recipe.method == "sft":
-            return self.imitate(stage, seed, before.params, recipe.head, self.many, before.sha256)
+            return self.imitate(stage, seed, before.params, recipe.head, lambda: self.many, before.sha256)
         (method, optimizer), upstream = self.policies[recipe.head].on_policy(recipe), [before.sha256]
         learns, frozen = (self.acting(method), optimizer), None
         if recipe.teacher != vla_methods.EXPERT:

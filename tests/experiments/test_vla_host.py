@@ -128,6 +128,10 @@ def test_students_begin_with_a_policy_that_has_practised_what_is_in_no_suite(tmp
             np.testing.assert_array_equal(leaf, leaves[0])
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(base.params)))
 
+    again = Experiment(experiment.config, tmp_path, MESH)
+    again.world.practice = None  # not asked: the stage is made
+    assert again.base("bins").sha256 == base.sha256
+
 
 def test_one_update_of_the_student_on_its_own_episodes(experiment, params):
     recipe = arm_recipe(experiment.config, "vla_opd")
