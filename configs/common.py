@@ -158,7 +158,7 @@ TABLETOP_POLICY = {"width": 64, "layers": 2, "horizon": 8, "points": 6}  # point
 SIMULATORS = {
     "workers": 2,  # processes
     "at_once": 16,  # simulators, and rows of the policy; their memory is the limit
-    "spare": 12,  # idle ones of 60 MB that a process keeps for other tasks: making one takes half a second
+    "spare": 24,  # idle ones of 40 MB that a process keeps for other tasks: making one takes .15 s
     "timeout": 120.0,  # seconds for one decision of one
     "cameras": ("topview", "gripperPOV"),  # of Meta-World
     "size": 64,  # of pictures, in pixels

@@ -6,15 +6,18 @@ multisampling take most of the time of a picture on a CPU; `Camera(fast=True)` l
 """
 
 import functools
+import hashlib
 import importlib
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 
+GEOMETRIES = 10_000  # of a scene, at most
 BACKENDS = ("egl", "osmesa", "glfw")  # a GPU or Mesa without a screen; a CPU without a screen; a screen
 PROBE = (
     "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); r = mujoco.Renderer(m, 8, 8);"
@@ -51,10 +54,10 @@ def choose() -> str:
 
 
 class Camera:
-    """Pictures of one model, all of one size.
+    """Pictures of one simulator, all of one size.
 
     Args:
-        model: a `mujoco.MjModel`; `fast` sets the quality of its offscreen buffers.
+        model: a `mujoco.MjModel` as it was compiled; `fast` sets the quality of its offscreen buffers.
         size: height and width.
         fast: without shadows, reflections and multisampling.
         hidden: groups of geometries that are not drawn, such as those for contacts only.
@@ -63,20 +66,68 @@ class Camera:
     def __init__(self, model, size: int, fast: bool = True, hidden: Sequence[int] = ()):
         import mujoco
 
-        self._mujoco, self._fast = mujoco, fast
+        self._mujoco, self._model, self._size, self._fast = mujoco, model, size, fast
         if fast:
             model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 64
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-        self._renderer, self._option = mujoco.Renderer(model, size, size), mujoco.MjvOption()
+        self._canvas = _canvas_of(model)
+        self._scene, self._option = mujoco.MjvScene(model, maxgeom=GEOMETRIES), mujoco.MjvOption()
+        self._view = mujoco.MjvCamera()
+        self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._option.geomgroup[list(hidden)] = 0
 
     def picture(self, data, name: str) -> UInt8[np.ndarray, "H W 3"]:
-        self._renderer.update_scene(data, camera=name, scene_option=self._option)
+        self._view.fixedcamid = self._model.camera(name).id
+        everything = self._mujoco.mjtCatBit.mjCAT_ALL
+        self._mujoco.mjv_updateScene(self._model, data, self._option, None, self._view, everything, self._scene)
         if self._fast:
-            flags = self._renderer.scene.flags
-            flags[self._mujoco.mjtRndFlag.mjRND_SHADOW] = flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return self._renderer.render()
+            flags, dear = self._scene.flags, self._mujoco.mjtRndFlag
+            flags[dear.mjRND_SHADOW] = flags[dear.mjRND_REFLECTION] = 0
+        return self._canvas.draw(self._scene, self._size)
 
     def close(self) -> None:
-        self._renderer.close()
+        self._canvas = self._scene = None
+
+
+class _Canvas:
+    """Where pictures are drawn, with all that is uploaded for it: meshes, textures, buffers."""
+
+    def __init__(self, model):
+        import mujoco
+        from mujoco import gl_context  # which `choose` may have loaded anew
+
+        self._mujoco = mujoco
+        self._gl = gl_context.GLContext(model.vis.global_.offwidth, model.vis.global_.offheight)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        weakref.finalize(self, _free, self._gl, self._context)
+
+    def draw(self, scene, size: int) -> UInt8[np.ndarray, "H W 3"]:
+        self._gl.make_current()
+        whole, picture = self._mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
+        self._mujoco.mjr_render(whole, scene, self._context)
+        self._mujoco.mjr_readPixels(picture, None, whole, self._context)
+        return picture[::-1]  # the first row that OpenGL gives is the lowest
+
+
+def _free(gl, context) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
+
+
+_canvases: weakref.WeakValueDictionary[bytes, _Canvas] = weakref.WeakValueDictionary()
+
+
+def _canvas_of(model) -> _Canvas:
+    """One for all models that are the same to the byte, as those of a task are: making it takes .3 s and 60 MB."""
+    import mujoco
+
+    content = np.zeros(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, content)
+    digest = hashlib.sha256(content).digest()
+    canvas = _canvases.get(digest) or _Canvas(model)
+    _canvases[digest] = canvas
+    return canvas

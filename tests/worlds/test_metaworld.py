@@ -147,6 +147,33 @@ def test_episodes_are_the_same_of_one_process_and_of_two():
     assert one.observation["images"].shape == (2, 2, 1, 32, 32, 3)
 
 
+def test_simulators_of_a_task_draw_on_one_canvas_what_each_would_alone():
+    import mujoco
+
+    both = [MetaWorld("push-v3", cameras=("topview", "corner"), size=32) for _ in range(2)]
+    other = MetaWorld("reach-v3", cameras=("topview",), size=32)
+    canvas = [simulator._camera._canvas for simulator in (*both, other)]
+    assert canvas[0] is canvas[1] and canvas[1] is not canvas[2]
+    del canvas
+    alone = mujoco.Renderer(both[1]._environment.model, 32, 32)
+    for _ in range(2):
+        for seed, simulator in enumerate(both):
+            simulator.reset(seed, "train")
+        pictures = [simulator.observe()["images"] for simulator in both]
+        for camera, picture in zip(("topview", "corner"), pictures[1]):
+            alone.update_scene(both[1]._environment.data, camera=camera)
+            for dear in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                alone.scene.flags[dear] = 0
+            np.testing.assert_array_equal(picture, alone.render())
+    assert (pictures[0] != pictures[1]).any()
+    alone.close()
+    both[0].close()
+    np.testing.assert_array_equal(both[1].observe()["images"], pictures[1])
+    kept = len(mujoco_gl._canvases)
+    both[1].close()
+    assert len(mujoco_gl._canvases) == kept - 1, "a canvas outlives its simulators"
+
+
 def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="task='fly-v3': give 0 to 49, or one of assembly-v3"):
         MetaWorld("fly-v3")
