@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from changing import changed
+from host_dying import Dying
 from PIL import Image
 
 pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
@@ -18,7 +19,7 @@ pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from configs import vla_opd as configs
-from experiments import vla, vla_demos, vla_host, vla_methods, vla_openvla, vla_pictures, vla_policies
+from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_openvla, vla_pictures, vla_policies
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
@@ -139,6 +140,37 @@ def test_one_update_of_the_student_on_its_own_episodes(experiment, params):
     state, metrics = method.update(optim.init_state(params, optimizer), rollout, labels, jax.random.key(2))
     assert metrics["reverse_kl"] > 0 and metrics["environment_steps"] == rollout.length.sum()
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params)))
+
+
+def test_episodes_of_a_process_that_died_are_played_again_and_counted(tmp_path, monkeypatch):
+    """Two of one process: one dies in it, the other is lost with it; in training, and in what is not."""
+    mark = tmp_path / "mark"
+    dying = staticmethod(lambda config, pictures=True: functools.partial(Dying, mark=str(mark), cameras=(), state=True))
+    monkeypatch.setattr(vla_host.MetaWorld, "make", dying)
+    experiment = Experiment(config_of(simulators__state=True, simulators__at_once=2), tmp_path, MESH)
+    world = experiment.world
+    params = jax.jit(experiment.module.init)(jax.random.key(0), world.example)["params"]
+    act = vla_methods.greedy(vla_methods.logits_fn(experiment.module))
+    starts, update = world.starts(experiment.tasks, 0), vla_methods.counting(lambda *_: (None, {}))
+
+    def play(dies: bool, split: str = "train"):
+        mark.touch() if dies else None
+        rollout = world.play(act, params, starts, jax.random.key(1), Acting(Plan(2, 2), split=split))
+        return rollout, update(None, rollout, None, None)[1]
+
+    (well, quiet), (again, counted) = play(False), play(True)
+    assert not mark.exists() and np.asarray(again.redone).sum(0).tolist() == [1, 1]
+    jax.tree.map(np.testing.assert_array_equal, again._replace(redone=None), well._replace(redone=None))
+    assert (quiet["redone"], quiet["redone_beside"], counted["redone"], counted["redone_beside"]) == (0, 0, 1, 1)
+    lines = [{name: float(value) for name, value in line.items()} for line in (quiet, counted, {"loss": 1.0})]
+    assert vla_notes.redone(experiment, lines) == {"redone": 1, "redone_beside": 1}
+    play(True, "test")
+    world._pool.close()
+    found = vla_notes.redone(experiment, lines)
+    assert found == {"redone": 2, "redone_beside": 2}
+    (said,) = vla_notes.redone_note(found)
+    assert "crashed, hung or raised: 2; beside one in its process: 2." in said
+    assert vla_notes.redone_note({"redone": 0, "redone_beside": 0}) == []
 
 
 def test_a_film_is_what_was_seen_at_decisions(experiment, played):
