@@ -6,17 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+import drawing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from changing import changed
-from host_dying import Dying
 from PIL import Image
 
-pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
-
 sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from host_dying import Dying
 
 from configs import vla_opd as configs
 from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_openvla, vla_pictures, vla_policies
@@ -29,12 +29,9 @@ from opd_jax.models import action_tokens
 from opd_jax.models.action_tokens import Statistics
 from opd_jax.sampling import host_worker
 from opd_jax.sampling.episodes import Plan
-from opd_jax.worlds import libero, metaworld, mujoco_gl
+from opd_jax.worlds import libero, metaworld
 
-try:
-    mujoco_gl.choose()
-except ConfigError as error:
-    pytest.skip(str(error), allow_module_level=True)
+drawing.needed()
 
 MESH = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
 
