@@ -1,6 +1,6 @@
 """Tests of simulators that draw are skipped where nothing can; with OPD_JAX_MUST_DRAW set, as by CI, they fail."""
 
-import importlib
+import importlib.util
 import os
 
 import pytest
@@ -12,7 +12,8 @@ from opd_jax.worlds import mujoco_gl
 def needed(package: str = "metaworld") -> None:
     """Skips the test, or the module where it is called by that, unless the package is there and pictures are drawn."""
     try:
-        importlib.import_module(package)
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"no {package} is installed")
         mujoco_gl.choose()
     except (ImportError, ConfigError) as error:
         if os.environ.get("OPD_JAX_MUST_DRAW"):

@@ -214,7 +214,7 @@ def test_words_are_told_apart():
 # ---- demonstrations from files ---------------------------------------------------------------------------------------
 
 
-def write_data_set(folder, episodes, side=32):
+def write_data_set(folder, episodes, side=32, scale=1.0):
     """LeRobot's v2.1 with pictures in the columns: `episodes` are instructions; returns the actions of each."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cameras, texts = ("observation.images.a", "observation.images.b"), sorted(set(episodes))
@@ -229,6 +229,7 @@ def write_data_set(folder, episodes, side=32):
     about = ({"episode_index": i, "length": 3} for i in range(len(episodes)))
     (folder / "meta" / "episodes.jsonl").write_text(lines(about))
     png, actions = io.BytesIO(), np.random.default_rng(0).uniform(-1, 1, (len(episodes), 3, 4)).astype(np.float32)
+    actions[-1, 1, 2] *= scale
     Image.fromarray(np.full((side, side, 3), 9, np.uint8)).save(png, "PNG")
     for i, text in enumerate(episodes):
         hand = np.tile(metaworld.HAND[1], (3, 1)).tolist()
@@ -253,6 +254,11 @@ def test_demonstrations_of_a_data_set_are_those_of_its_tasks(experiment, tmp_pat
     assert (found.observation.images == 9).all()
     with pytest.raises(ConfigError, match=r"2 episodes of each task are asked for; of .* 1 are there"):
         read(str(tmp_path / "set"), numbers={text(b): b}, count=2)
+    write_data_set(tmp_path / "wild", [text(b), text(a)], scale=1e3)  # in the second episode
+    with pytest.raises(
+        ConfigError, match=r"action 2 is as large as \d+, and a policy without .* \[-1, 1\]; scale or clip"
+    ):
+        read(str(tmp_path / "wild"), numbers={text(a): a, text(b): b}, count=1)
     write_data_set(tmp_path / "large", [text(b)], side=16)
     with pytest.raises(ConfigError, match="height 16, not 32, width 16, not 32; give demonstrations of this world"):
         read(str(tmp_path / "large"), numbers={text(b): b}, count=1)
