@@ -190,7 +190,7 @@ def write(experiment: Experiment, rows: list[dict], made: dict, said: list[str],
     main = made[main_name]
     timings = {name: one.seconds for name, one in made.items()}
     lines = [line for line in metrics.read_metrics(workdir) if line["stage"] not in BASES.values()]
-    again, soon = redone(experiment, lines), sooner(experiment, lines)
+    again, soon = redone(experiment, lines), sooner(config, lines)
     summary = {
         "table": rows,
         "params_sha256": main.sha256,

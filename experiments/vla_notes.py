@@ -119,14 +119,18 @@ def steps_to(lines: Sequence[dict], mark: float | int | None = None) -> tuple[fl
     return float(spent[: reached[0] + WINDOW].sum()), float(means[reached[0]])
 
 
-def sooner(experiment: Experiment, lines: Sequence[dict]) -> dict[str, dict]:
+def sooner(config, lines: Sequence[dict]) -> dict[str, dict]:
     """How many environment steps distilled arms take to the best that GRPO comes to.
+
+    Args:
+        config: of `configs/vla_opd.py`.
+        lines: of `metrics.jsonl`.
 
     Returns:
         For every GRPO arm that begins with the student, `success`, its best running mean of each seed, and `steps` to
         it of each seed: its own, and those of the distilled arms that begin there too and act alike; None: never.
     """
-    config, found = experiment.config, {}
+    found = {}
     recipes = {name: arm_recipe(config, name) for name in config.arms}
     of = lambda name, seed: [line for line in lines if line["stage"] == f"{name}_seed{seed}"]
     for rewarded, recipe in recipes.items():
@@ -138,7 +142,7 @@ def sooner(experiment: Experiment, lines: Sequence[dict]) -> dict[str, dict]:
         steps = {rewarded: [spent for spent, _ in best]}
         for name, other in recipes.items():
             alike = other.head == recipe.head and other.acting_temperature == recipe.acting_temperature
-            if other.method == "opd" and not other.start and alike:
+            if other.method == "opd" and not other.start and alike and of(name, config.seeds[0]):
                 reached = [steps_to(of(name, seed), mean) for seed, (_, mean) in zip(config.seeds, best)]
                 steps[name] = [at and at[0] for at in reached]
         found[rewarded] = {"success": [mean for _, mean in best], "steps": steps}
@@ -151,7 +155,7 @@ def sooner_note(found: dict[str, dict]) -> list[str]:
         own, best = values["steps"][rewarded], ", ".join(f"{mean:.2f}" for mean in values["success"])
         parts = [f"{rewarded} {', '.join(f'{spent:,.0f}' for spent in own)}"]
         for name in (name for name in values["steps"] if name != rewarded):
-            times = [f"{spent:,.0f} (1/{mine / spent:.2g})" if spent else "never"
+            times = [f"{spent:,.0f} ({spent / mine:.2f} times that)" if spent else "never"
                      for mine, spent in zip(own, values["steps"][name])]  # fmt: skip
             parts.append(f"{name} {', '.join(times)}")
         rule = f"the best running mean of training success over {WINDOW} updates that {rewarded} comes to, {best}"

@@ -316,25 +316,21 @@ def test_steps_to_a_mark_are_by_the_running_mean_of_twenty_updates():
     assert vla_notes.steps_to(success_lines("a", [0.5] * 40))[0] == 200.0  # the first of equals
 
 
-def test_how_soon_an_arm_is_as_good_as_grpo_ever_is(experiment, tmp_path):
-    config = changed(configs.get_config("seeds"), only=(), seeds=(0, 1))
-    for name in set(config.arms) - {"vla_opd", "grpo", "opd_then_grpo", "sampled", "sft_many"}:
-        with config.unlocked():
-            del config.arms[name]
-    experiment = Experiment(changed(config, base=""), tmp_path, MESH)
+def test_how_soon_an_arm_is_as_good_as_grpo_ever_is():
+    config = changed(configs.get_config("seeds"), seeds=(0, 1))
     lines = success_lines("grpo_seed0", [0.2] * 20 + [0.4] * 20) + success_lines("grpo_seed1", [0.3] * 25)
     lines += success_lines("vla_opd_seed0", [0.4] * 20, 5) + success_lines("vla_opd_seed1", [0.2] * 30)
     lines += success_lines("opd_then_grpo_seed0", [0.9] * 20) + success_lines("sampled_seed0", [0.9] * 20)
-    found = vla_notes.sooner(experiment, lines)
+    found = vla_notes.sooner(config, lines)
     assert found == {
         "grpo": {
             "success": [pytest.approx(0.4), pytest.approx(0.3)],
             "steps": {"grpo": [400.0, 200.0], "vla_opd": [100.0, None]},
         }
-    }  # nothing of arms that begin elsewhere, or act at another temperature
+    }  # nothing of arms that begin elsewhere, act at another temperature, or have not been run
     (said,) = vla_notes.sooner_note(found)
-    assert "0.40, 0.30: grpo 400, 200; vla_opd 100 (1/4), never." in said
-    assert vla_notes.sooner(experiment, lines[:5]) == {} and vla_notes.sooner_note({}) == []
+    assert "0.40, 0.30: grpo 400, 200; vla_opd 100 (0.25 times that), never." in said
+    assert vla_notes.sooner(config, lines[:5]) == {} and vla_notes.sooner_note({}) == []
 
 
 def test_success_is_shown_against_queries_of_those_that_ask(experiment):
