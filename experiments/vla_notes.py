@@ -11,6 +11,7 @@ from experiments.vla_stages import Experiment
 NOISE = ("exact_gradient_square", "sampled_gradient_variance")
 WINDOW = 20  # updates of a running mean of success
 SHOWN = 6  # tasks that are named in a line
+CHANCE = 5  # in fewer episodes even a good policy may fail
 
 
 def zeros(
@@ -32,7 +33,8 @@ def zeros(
             names = ", ".join(tasks[task].name for task in missed[:SHOWN])
             more = f" and {len(missed) - SHOWN} more" if len(missed) > SHOWN else ""
             of = f"{name}, seed {seed}" if len(successes) > 1 or name in config.arms else name
-            found.append(f"{of}: none of {config.eval.episodes} episodes succeeds in {names}{more}.")
+            chance = ", which may be chance" if config.eval.episodes < CHANCE else ""
+            found.append(f"{of}: none of {config.eval.episodes} episodes succeeds in {names}{more}{chance}.")
     if not found:
         return []
     beyond = sorted({task for missed in never for task in missed if known and name != EXPERT and known[task] == 0})

@@ -280,13 +280,13 @@ def test_a_task_without_success_is_told_of_with_its_causes(experiment):
     student, arm = [{a: 1.0, b: 0.0, c: 0.5}], [{a: 1.0, b: 0.2, c: 0.0}]
     say = lambda name, *rest: vla_notes.zeros(experiment, name, *rest)
     which, beyond, why = say("student, before", student, known)
-    assert which == f"student, before: none of 1 episodes succeeds in {names[1]}."
+    assert which == f"student, before: none of 1 episodes succeeds in {names[1]}, which may be chance."
     assert beyond.startswith(f"The expert never succeeds in {names[1]} (") and "horizon is too short" in beyond
     assert "raise demonstrations.few, now 1, or sft.steps, now 3" in why
 
     line = lambda step, kl: {"stage": "vla_opd_seed0", "step": step, "reverse_kl": kl}
     which, why = say("vla_opd", arm, known, [line(0, 2.0), line(1, 0.5), line(0, 9.0) | {"stage": "other"}])
-    assert which == f"vla_opd, seed 0: none of 1 episodes succeeds in {names[2]}."
+    assert which == f"vla_opd, seed 0: none of 1 episodes succeeds in {names[2]}, which may be chance."
     assert "reverse_kl falls, 2 to 0.5, while success stays 0" in why
     assert "does not fall, 0.5 to 2" in say("vla_opd", arm, known, [line(0, 0.5), line(1, 2.0)])[1]
     assert "GRPO has no reward" in say("opd_then_grpo", arm, known)[1]
@@ -296,11 +296,11 @@ def test_a_task_without_success_is_told_of_with_its_causes(experiment):
 
 
 def test_zeros_of_every_seed_are_told_apart(tmp_path):
-    experiment = Experiment(config_of(seeds=(4, 5)), tmp_path, MESH)
+    experiment = Experiment(config_of(seeds=(4, 5), eval__episodes=16), tmp_path, MESH)
     tasks = experiment.tasks
     lines = vla_notes.zeros(experiment, "student, before", [dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)])
     assert [line.split(":")[0] for line in lines[:2]] == ["student, before, seed 4", "student, before, seed 5"]
-    assert lines[0].endswith(f"and {len(tasks) - vla_notes.SHOWN} more.")
+    assert lines[0].endswith(f"and {len(tasks) - vla_notes.SHOWN} more.") and "none of 16" in lines[0]
 
 
 def success_lines(stage: str, values, steps: int = 10) -> list[dict]:
