@@ -116,7 +116,7 @@ def run(config, workdir: Path, mesh) -> None:
     def add(name: str, successes: list[dict[int, float]], cost: dict | None = None, told: bool = True) -> None:
         rows.append(row(experiment, name, successes) | (cost or {}))
         found = zeros(experiment, name, successes, known, metrics.read_metrics(workdir)) if told else []
-        said.extend(found)
+        said.extend(line for line in found if line not in said)
         print("\n".join(found), end="\n" if found else "")
 
     if experiment.world.expert:

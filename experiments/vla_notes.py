@@ -56,9 +56,9 @@ def causes(experiment: Experiment, name: str, lines: Sequence[dict]) -> list[str
         return ["Where no episode succeeds GRPO has no reward: start from a policy that does, or set the arm's start."]
     if config.student.path:
         return ["Statistics of another data set, perhaps, or other pictures: check student.statistics, cameras, crop."]
-    count, what = (config.demonstrations.many, "many") if method == "sft" else (config.demonstrations.few, "few")
-    remedy = f"raise demonstrations.{what}, now {count}, or sft.steps, now {config.sft.steps}"
-    return [f"Too few demonstrations or updates, perhaps: {remedy}; until it succeeds, GRPO has no reward there."]
+    what, then = ("many", "") if method == "sft" else ("few", "; until it succeeds, GRPO has no reward there")
+    remedy = f"raise demonstrations.{what}, now {config.demonstrations[what]}, or sft.steps, now {config.sft.steps}"
+    return [f"Too few demonstrations or updates, perhaps: {remedy}{then}."]
 
 
 def falls(config, name: str, lines: Sequence[dict]) -> str:
