@@ -3,13 +3,16 @@
 
     pip install -e '.[metaworld]'
     python benchmarks/episodes.py                         # some minutes on two idle cores
+    python benchmarks/episodes.py --tabletop              # its rows alone, a minute
 
-Everywhere the same policy, random actions from a jitted function, and a picture of 128 x 128 at each decision. Ours
+Everywhere the same policy, random actions from a jitted function, and a picture at each decision: of 128 x 128, on the
+tabletop two of 40 x 40. So where every step is a decision, environment steps are image steps. Ours
 and gymnasium's `SyncVectorEnv` and `AsyncVectorEnv` step the same simulator class, drawn the same way; where gymnasium
 gives a picture at every step, ours decides at every step. Rows with chunks of 8 are what a policy of chunks needs. All
 in turns from one process, so that other load falls on all alike; what is compiled, started or made, is so before the
 clock. Columns: environment steps a second, fastest and median round; the first relative to ours of as many processes
-with a picture each step; labelled states a second.
+with a picture each step; labelled states a second. Rows of the device have environment steps a second of processor time
+too, median round: what other load takes from them least.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from opd_jax.sampling.host_pool import Pool
 from opd_jax.worlds import metaworld, mujoco_gl, tabletop
 
 TASK, CHUNK = metaworld.NAMES.index("pick-place-v3"), 8
+ONE, TWO = "processes, 1 worker", "processes, 2 workers"
 
 
 def act(params, observation, keys):
@@ -70,14 +74,25 @@ class Table:
     step, observe, success = map(staticmethod, (tabletop.step, tabletop.observe, tabletop.success))
 
 
-def on_device(args) -> Callable[[], tuple[int, int]]:
-    """Functions give environment steps and labelled states."""
-    batch, plan = args.table_batch, Plan(args.steps // CHUNK, CHUNK)
+def on_device(args, executed: int = CHUNK, labelled: bool = False) -> Callable[[], tuple[int, int]]:
+    """Functions give environment steps and labelled states: those of which the expert's chunk of 8 was asked."""
+    batch, plan = args.table_batch, Plan(args.steps // executed, executed)
     index, keys = jnp.arange(batch, dtype=jnp.int32), jax.random.split(jax.random.key(0), batch)
     states = jax.vmap(lambda key: tabletop.reset(key, 0))(keys)
     how = {"plan": plan, "horizon": jnp.full(batch, args.steps), "group": index, "task": index}
-    play = jax.jit(lambda states, keys: episodes.rollout(Table(), act, None, states, keys, **how))
-    return lambda: (int(jax.block_until_ready(play(states, keys)).length.sum()), 0)
+    table = Table()
+
+    @jax.jit
+    def play(states, keys):
+        rollout = episodes.rollout(table, act, None, states, keys, **how)
+        ask = functools.partial(episodes.expert_chunks, environment=table, expert=tabletop.expert, steps=CHUNK)
+        return rollout, ask(rollout.states) if labelled else None
+
+    def timed():
+        rollout, _ = jax.block_until_ready(play(states, keys))
+        return int(rollout.length.sum()), int(rollout.counted.any(-1).sum()) if labelled else 0
+
+    return timed
 
 
 def in_processes(args, workers: int, executed: int, expert_steps: int) -> Callable[[], tuple[int, int]]:
@@ -115,35 +130,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("steps", 80), ("envs", 2), ("size", 128), ("table_batch", 64), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tabletop", action="store_true", help="its rows alone")
     args = parser.parse_args()
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's; as many drawing threads as processes, for all alike
-    print(f"{os.cpu_count()} cores, MUJOCO_GL={mujoco_gl.choose()}, {vars(args)}")
-    one, two = "processes, 1 worker", "processes, 2 workers"
     contenders = {
         "tabletop on the device": on_device(args),
-        one: in_processes(args, 1, 1, 0),
+        "tabletop on the device, a picture each step": on_device(args, 1),
+        "tabletop on the device, and expert's": on_device(args, labelled=True),
+    }
+    if args.tabletop:
+        print(f"{os.cpu_count()} cores, {vars(args)}")
+    else:
+        contenders |= simulators(args)
+    measure(args, contenders)
+
+
+def simulators(args) -> dict[str, Callable[[], tuple[int, int]]]:
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's; as many drawing threads as processes, for all alike
+    print(f"{os.cpu_count()} cores, MUJOCO_GL={mujoco_gl.choose()}, {vars(args)}")
+    contenders = {
+        ONE: in_processes(args, 1, 1, 0),
         "SyncVectorEnv": in_gymnasium(args, SyncVectorEnv),
-        two: in_processes(args, 2, 1, 0),
+        TWO: in_processes(args, 2, 1, 0),
         f"AsyncVectorEnv, {args.envs} processes": in_gymnasium(args, AsyncVectorEnv),
     }
     for workers in (1, 2):
         contenders[f"chunks of 8, {workers} worker(s)"] = in_processes(args, workers, CHUNK, 0)
         contenders[f"chunks of 8 and expert's, {workers} worker(s)"] = in_processes(args, workers, CHUNK, CHUNK)
+    return contenders
+
+
+def measure(args, contenders: dict[str, Callable[[], tuple[int, int]]]) -> None:
     rates = {name: [] for name in contenders}
-    labels = dict.fromkeys(contenders, 0.0)
+    labels, busy = dict.fromkeys(contenders, 0.0), {name: [] for name in contenders}
     for turn in range(args.rounds + 1):
         for name, play in contenders.items():
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             steps, labelled = play()
-            seconds = time.perf_counter() - began
+            seconds, worked = time.perf_counter() - began, time.process_time() - worked
             if turn:  # the first compiles, and starts processes
                 rates[name].append(steps / seconds)
+                busy[name].append(steps / worked)
                 labels[name] = max(labels[name], labelled / seconds)
     for name, found in rates.items():
-        peer = one if "1 worker" in name or ("Sync" in name and "Async" not in name) else two
-        ratio = "" if "device" in name else f"{max(found) / max(rates[peer]):8.2f}"
+        peer = ONE if "1 worker" in name or ("Sync" in name and "Async" not in name) else TWO
+        if "device" in name:
+            ratio = f"{np.median(busy[name]):9.1f} of processor time"
+        else:
+            ratio = f"{max(found) / max(rates[peer]):8.2f}"
         label = f"{labels[name]:8.1f} labelled/s" if labels[name] else ""
-        print(f"{name:42}{max(found):9.1f} {np.median(found):9.1f} steps/s {ratio} {label}")
+        print(f"{name:44}{max(found):9.1f} {np.median(found):9.1f} steps/s {ratio} {label}")
 
 
 if __name__ == "__main__":

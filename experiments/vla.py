@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import EXPERT, GIVEN, PRACTISED
+from experiments.vla_notes import NOISE, noise, redone, redone_note, sooner, sooner_note, zeros
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import BASES, WORLDS, Experiment
 from opd_jax import metrics, report, sharding
@@ -16,9 +17,8 @@ from opd_jax.losses.vla_opd import OBJECTIVES
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
 METHODS = ("opd", "grpo", "sft")
-NOISE = ("exact_gradient_square", "sampled_gradient_variance")
 LOGGED = ("reverse_kl", "student_entropy", "loss", *NOISE)
-COSTS = ("environment_steps", "seconds")
+COSTS = ("environment_steps", "teacher_queries", "seconds")
 
 
 def validate(config, mesh) -> None:
@@ -95,6 +95,10 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(not without, f"teacher={GIVEN!r} (arm {name}): needs a policy of a directory; give teacher.path")
     both = arm.head == "flow" and (config.student.path or arm.teacher == GIVEN)
     check(not both, f"head='flow' (arm {name}): policies of directories are over bins; choose head='bins'")
+    drawn = arm.objective == "sampled" and labelled and arm.head == "bins"
+    same = not drawn or arm.acting_temperature == arm.temperature
+    given = f"acting_temperature={arm.acting_temperature}, temperature={arm.temperature}"
+    check(same, f"{given} (arm {name}): objective='sampled' scores what was drawn; set both alike")
     for key in ("acting_temperature", "temperature", "teacher_temperature"):
         check(arm[key] > 0, f"{key}={arm[key]} (arm {name}): give a number above 0")
     alone = arm.method == "grpo" and arm.group < 2
@@ -107,37 +111,39 @@ def check_arm(check, config, name: str, mesh) -> None:
 def run(config, workdir: Path, mesh) -> None:
     began = time.time()
     experiment = Experiment(config, workdir, mesh)
-    rows, given = [], experiment.world.teacher
+    rows, said, known, given = [], [], None, experiment.world.teacher
+
+    def add(name: str, successes: list[dict[int, float]], cost: dict | None = None, told: bool = True) -> None:
+        rows.append(row(experiment, name, successes) | (cost or {}))
+        found = zeros(experiment, name, successes, known, metrics.read_metrics(workdir)) if told else []
+        said.extend(line for line in found if line not in said)
+        print("\n".join(found), end="\n" if found else "")
+
     if experiment.world.expert:
-        rows.append(row(experiment, "expert", [experiment.success(None, "expert")]))
+        known = experiment.success(None, "expert")
+        add(EXPERT, [known])
     if given:
-        rows.append(row(experiment, "teacher", [experiment.success(given.params, "bins")]))
+        add("teacher", [experiment.success(given.params, "bins")])
     for head in dict.fromkeys(arm_recipe(config, name).head for name in config.arms):
         if config.base == PRACTISED:
-            base = experiment.base(head)
-            rows.append(row(experiment, BASES[head].replace("_", " "), [experiment.success(base.params, head)]))
+            base = experiment.base(head)  # has not seen these tasks: that it fails is nothing to tell
+            add(BASES[head].replace("_", " "), [experiment.success(base.params, head)], told=False)
         students = [experiment.student(seed, head) for seed in config.seeds]
-        rows.append(row(experiment, BEFORE[head], [experiment.success(one.params, head) for one in students]))
-        check_start(rows[-1])
+        cost = costs(experiment.shown_to_students(), students) if config.sft.steps else None
+        add(BEFORE[head], [experiment.success(one.params, head) for one in students], cost)
     made = {}
     for name in config.arms:
         students = [experiment.arm(name, seed) for seed in config.seeds]
         made[name] = students[0]
-        cost = experiment.spent(name, config.seeds[0])
-        seconds = float(np.mean([student.seconds for student in students]))
-        head = arm_recipe(config, name).head
-        line = row(experiment, name, [experiment.success(student.params, head) for student in students])
-        rows.append(
-            line | {key.replace("_", " "): round(value) for key, value in cost.items()} | {"seconds": round(seconds)}
-        )
-    write(experiment, rows, made, began)
+        head, cost = arm_recipe(config, name).head, costs(experiment.spent(name, config.seeds[0]), students)
+        add(name, [experiment.success(student.params, head) for student in students], cost)
+    write(experiment, rows, made, said, began)
 
 
-def check_start(line: dict) -> None:
-    """A student that never succeeds can still come closer to its teacher, and GRPO then learns nothing."""
-    value = line["average ↑"]
-    if getattr(value, "value", value) == 0:
-        print("the first student never succeeds, so GRPO has no reward: raise demonstrations.few or sft.steps")
+def costs(spent: dict[str, float], made: list) -> dict[str, int]:
+    """Columns of what the first seed has spent, and of the seconds of all, on average."""
+    seconds = float(np.mean([one.seconds for one in made]))
+    return {key.replace("_", " "): round(value) for key, value in spent.items()} | {"seconds": round(seconds)}
 
 
 def row(experiment: Experiment, name: str, successes: list[dict[int, float]]) -> dict:
@@ -153,17 +159,6 @@ def row(experiment: Experiment, name: str, successes: list[dict[int, float]]) ->
     return line
 
 
-def noise(experiment: Experiment, lines: list[dict], made: dict) -> list[str]:
-    """How much noise sampled tokens would add, or do, beside the exact gradient; a line for the report, if any."""
-    ratios, seed = [], experiment.config.seeds[0]
-    for name in (name for name in made if arm_recipe(experiment.config, name).method == "opd"):
-        own = [line for line in lines if line["stage"] == f"{name}_seed{seed}" and NOISE[0] in line]
-        square, variance = (sum(line[key] for line in own) for key in NOISE)
-        ratios += [f"{name} {variance / square:.1f}"] if square else []
-    about = "Variance of the gradient of one sampled token by the student's logits, over the square of the exact one"
-    return [f"{about}, means of all updates: {', '.join(ratios)}."] if ratios else []
-
-
 def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
     """Films and heat maps of the student before and after, for the report; of policies over bins."""
     if arm_recipe(experiment.config, name).head != "bins":
@@ -173,7 +168,20 @@ def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
     return [films], {"Reverse KL from the expert along episodes, nats per token": maps}
 
 
-def write(experiment: Experiment, rows: list[dict], made: dict, began: float) -> None:
+def by_costs(experiment: Experiment, lines: list[dict]) -> dict[str, dict]:
+    """Success of training episodes against each cost; labelled decisions are queries of arms that are distilled."""
+    asking = {
+        f"{name}_seed{seed}"
+        for name in experiment.config.arms
+        if arm_recipe(experiment.config, name).method == "opd"
+        for seed in experiment.config.seeds
+    }
+    acted = [line for line in lines if "environment_steps" in line]  # demonstrations are successes all
+    acted = [line | ({"teacher_queries": line["decisions"]} if line["stage"] in asking else {}) for line in acted]
+    return {cost: report.curves_by(acted, "success", cost) for cost in COSTS}
+
+
+def write(experiment: Experiment, rows: list[dict], made: dict, said: list[str], began: float) -> None:
     """summary.json, report.html and the table on the terminal."""
     config, workdir = experiment.config, experiment.workdir
     columns = list(dict.fromkeys(column for line in rows for column in line))
@@ -181,23 +189,29 @@ def write(experiment: Experiment, rows: list[dict], made: dict, began: float) ->
     main_name = "vla_opd" if "vla_opd" in made else list(made)[-1]
     main = made[main_name]
     timings = {name: one.seconds for name, one in made.items()}
+    lines = [line for line in metrics.read_metrics(workdir) if line["stage"] not in BASES.values()]
+    again, soon = redone(experiment, lines), sooner(config, lines)
     summary = {
         "table": rows,
         "params_sha256": main.sha256,
         "params_sha256_of": {name: one.sha256 for name, one in made.items()},
         "seconds": timings | {"total": time.time() - began},
+        "episodes_begun_again": again,
+        "environment_steps_to_best_of": soon,
+        "without_success": said,
     }
     report.write_summary(workdir / "summary.json", summary)
-    lines = [line for line in metrics.read_metrics(workdir) if line["stage"] not in BASES.values()]
     films, maps = shown(experiment, main_name, main)
-    acted = [line for line in lines if "environment_steps" in line]  # demonstrations are successes all
-    by_cost = {cost: report.curves_by(acted, "success", cost) for cost in COSTS}
     notes = [
         f"Success: {experiment.world.goal} before the horizon; it ends the episode, so success once and at "
         "the end are the same. Scenes of the test split, the most probable bins. Held out: tasks that only the first "
-        "student has seen. Steps and queries are of the arm, of its start and of a teacher that is an arm.",
+        "student has seen. Steps and queries are of the arm, of its start and of a teacher that is an arm; those "
+        "of the first student's demonstrations are in its own row alone.",
         *(["Base: has practised other tasks; what that cost is in no row."] if config.base == PRACTISED else []),
+        *said,
+        *sooner_note(soon),
         *noise(experiment, lines, made),
+        *redone_note(again),
         f"params_sha256: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
     ]
     report.write_report(
@@ -207,7 +221,8 @@ def write(experiment: Experiment, rows: list[dict], made: dict, began: float) ->
         tables={"Share of episodes that succeed": rows},
         images=films,
         heat_maps=maps,
-        curves={f"success by {cost}": line for cost, line in by_cost.items()} | report.curves_from(lines, LOGGED),
+        curves={f"success by {cost}": line for cost, line in by_costs(experiment, lines).items()}
+        | report.curves_from(lines, LOGGED),
         along={f"success by {cost}": cost.replace("_", " ") for cost in COSTS},
         timings=timings,
         versions=versions(),

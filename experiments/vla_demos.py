@@ -20,8 +20,8 @@ def read(path: str, kit: Kit, robot: Robot, numbers: Mapping[str, int], count: i
         numbers: instruction to the task's number; episodes of others are passed over.
 
     Raises:
-        ConfigError: what `lerobot.read` refuses; a task has too few; or pictures, what is felt and actions are not as
-            the robot's.
+        ConfigError: what `lerobot.read` refuses; a task has too few; pictures, what is felt and actions are not as the
+            robot's; or a policy without statistics is shown actions beyond [-1, 1].
     """
     missing, found = dict.fromkeys(numbers.values(), count), []
     for episode in lerobot.read(Path(path).expanduser()):
@@ -30,6 +30,7 @@ def read(path: str, kit: Kit, robot: Robot, numbers: Mapping[str, int], count: i
             continue
         if not found:
             check(path, episode, robot)
+        check_range(path, episode, kit)
         found.append(as_demonstrations(_rollout(episode, task, kit), kit.module.horizon))
         missing[task] -= 1
         if not any(missing.values()):
@@ -48,6 +49,18 @@ def check(path: str, episode: lerobot.Episode, robot: Robot) -> None:
     wrong = [f"{name} {shapes[name]}, not {value}" for name, value in wanted.items() if shapes[name] != value]
     if wrong:
         raise ConfigError(f"demos={path}: {', '.join(wrong)}; give demonstrations of this world's robot and cameras")
+
+
+def check_range(path: str, episode: lerobot.Episode, kit: Kit) -> None:
+    """Refuses what a policy of our own cannot do: it has no statistics, and bins end at -1 and 1."""
+    if kit.student:
+        return
+    size = np.abs(episode.actions).max(0)
+    if not (size <= 1 + 1e-6).all():
+        which = int(np.argmax(~(size <= 1 + 1e-6)))
+        remedy = "scale or clip the data set's as the simulator does"
+        line = f"demos={path}: action {which} is as large as {size[which]:.3g}, and a policy without statistics acts in"
+        raise ConfigError(f"{line} [-1, 1]; {remedy}")
 
 
 def _rollout(episode: lerobot.Episode, task: int, kit: Kit) -> EpisodeRollout:

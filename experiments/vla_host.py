@@ -47,6 +47,7 @@ class Host(abc.ABC):
 
     def __init__(self, config, mesh):
         self.config, self.mesh, self.tasks = config, mesh, self.catalogue(config)
+        self.redone = np.zeros(2, np.int32)
         robot = self.robot(config)
         own = functools.partial(vla_policies.own, config.policy, robot)
         self._kit = vla_openvla.kit(config, robot, mesh) if config.student.path else own()
@@ -150,6 +151,8 @@ class Host(abc.ABC):
         rollout = self._rollout(
             self._pool, Partial(self._on_robot, act), params, starts, key, acting, self._kit.prepare
         )
+        if acting.split != "train":
+            self.redone = self.redone + rollout.redone.sum(0)
         return sharding.shard_batch(rollout, self.mesh)
 
     def _rollout(self, pool, act, params, starts, key, acting: Acting, prepare) -> EpisodeRollout:
@@ -159,12 +162,14 @@ class Host(abc.ABC):
         how = {"plan": acting.plan, "split": acting.split, "group": acting.group, "expert_steps": acting.asked}
         found = host_episodes.Starts(task, seed)
         rollout, redone = host_episodes.rollout(pool, act, params, found, keys, prepare=prepare, **how)
+        often = np.zeros((len(keys), 2), np.int32)
         for one in redone:
+            often[one.episode, 0 if one.reason else 1] += 1
             if one.reason:
                 print(
                     f"episode {one.episode} was begun again, at decision {one.decision}: {one.reason.splitlines()[-1]}"
                 )
-        return rollout
+        return rollout._replace(redone=often)
 
     def chunks(self, states, steps: int) -> Float[Array, "B T H A"]:
         return self._kit.from_robot(states)
@@ -179,7 +184,9 @@ class Host(abc.ABC):
         both = lambda seen, words: (prepare(seen, words), np.asarray(self._kit.from_robot(seen["expert"]), np.float32))
         acting = Acting(Plan(decisions, executed, self.settle), split=split)
         repeat = Partial(self._on_robot, _REPEAT)
-        return self._rollout(pool, repeat, None, starts, rng.stream(seed, "expert"), acting, both)
+        rollout = self._rollout(pool, repeat, None, starts, rng.stream(seed, "expert"), acting, both)
+        self.redone = self.redone + rollout.redone.sum(0)
+        return rollout
 
     def demonstrations(self, tasks, count: int, seed: int) -> Demonstrations:
         if self.config.demos:

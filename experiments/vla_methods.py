@@ -84,6 +84,7 @@ class World(Protocol):
     identity: dict[str, Any]  # what a stage depends on beside its settings and the tasks; {} where nothing else is
     upstream: tuple[str, ...]  # hashes of the parameters that students begin with
     teacher: stages.Made | None  # the policy `GIVEN`
+    redone: np.ndarray  # [2], as a rollout's: all episodes beside those of training, which have it in their metrics
 
     def __init__(self, config, mesh): ...
     @staticmethod
@@ -220,7 +221,8 @@ def reward_labels(_, rollout: EpisodeRollout) -> RewardLabels:
 
 
 def counting(update):
-    """The update, with what it has cost in every metric line: actions in the environment, decisions labelled."""
+    """The update, with what it has cost in every metric line: actions in the environment, decisions labelled, and
+    episodes begun again, where simulators can fail."""
 
     def counted(state, rollout, labels, key):
         cost = _cost(rollout)
@@ -230,12 +232,15 @@ def counting(update):
     return counted
 
 
+REDONE = ("redone", "redone_beside")  # metrics: episodes begun again that failed; that were beside one that did
+
+
 @jax.jit
 def _cost(rollout: EpisodeRollout) -> dict[str, Array]:
-    return {
-        "environment_steps": rollout.length.sum().astype(jnp.float32),
-        "decisions": rollout.counted.any(-1).sum().astype(jnp.float32),
-    }
+    cost = {"environment_steps": rollout.length.sum(), "decisions": rollout.counted.any(-1).sum()}
+    if rollout.redone is not None:
+        cost |= dict(zip(REDONE, rollout.redone.sum(0)))
+    return {name: value.astype(jnp.float32) for name, value in cost.items()}
 
 
 class Policy(NamedTuple):

@@ -191,6 +191,10 @@ class Experiment:
             good = hosts.fetch(self.world.play(self.policies[head].greedy, params, starts, key, acting).success)
         return dict(zip(self.tasks, good[: len(asked)].reshape(len(self.tasks), part.episodes).mean(1)))
 
+    def shown_to_students(self) -> dict[str, float]:
+        """What their demonstrations have cost: the expert's steps, and as many of its actions."""
+        return {"environment_steps": len(self.few.task), "teacher_queries": len(self.few.task)}
+
     def spent(self, name: str, seed: int) -> dict[str, float]:
         """What an arm has cost: its own actions and labelled decisions, those of its start and of its teacher too."""
         recipe = arm_recipe(self.config, name)

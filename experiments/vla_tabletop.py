@@ -129,6 +129,7 @@ class Tabletop:
 
     expert, settle, SUITES, goal = True, 0, tabletop.SUITES, "the goal holds and the hand is free"
     tasks, identity, teacher = tabletop.TASKS, {}, None
+    redone = np.zeros(2, np.int32)  # nothing fails on the device
 
     def __init__(self, config, mesh):
         self.config, self.mesh = config, mesh

@@ -90,6 +90,7 @@ class EpisodeRollout(NamedTuple):
     group: Int[Array, "B"]  # index of the initial state; G episodes share one
     task: Int[Array, "B"]
     states: PyTree = None  # leaves [B, T, ...], of the environment at each decision: what a scripted expert labels
+    redone: Int[Array, "B 2"] | None = None  # how often begun again: it failed; another of its process failed
 
 
 class ActionLabels(NamedTuple):

@@ -8,17 +8,20 @@ An optional extra, whose package declares an older numpy than JAX needs but work
 
     pip install 'opd_jax[libero]' && pip install --no-deps rlinf-libero==0.1.3 && libero-download-assets
 
-or, in place of the last, `libero-download-assets --link DIRECTORY` (which LIBERO_ASSET_PATH may name) for meshes and
-textures that are there already. MuJoCo must be older than 3.4: from there on a bowl of the fixed states slides off.
+or, in place of the last, LIBERO_ASSET_PATH=DIRECTORY for meshes and textures that are there already. The package looks
+for them in its own folder: a link is left there, as by `libero-download-assets --link DIRECTORY`. MuJoCo must be older
+than 3.4: from there on a bowl of the fixed states slides off.
 
 Test scenes are the 50 fixed initial states of each task, and nothing else is; training scenes are sampled anew, so that
 no policy is trained on what it is measured by. There is no scripted expert: a teacher is a policy.
 """
 
+import contextlib
 import importlib.util
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +42,7 @@ SCALE, SHIFT = np.array([1, 1, 1, 1, 1, 1, -2], np.float32), np.array([0, 0, 0, 
 CONTACTS = (0,)  # robosuite's group of geometries that are not drawn
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 INSTALL = "pip install 'opd_jax[libero]' && pip install --no-deps rlinf-libero==0.1.3"
-ASSETS = "run libero-download-assets (400 MB), or libero-download-assets --link DIRECTORY"
+ASSETS = "run libero-download-assets (400 MB), or set LIBERO_ASSET_PATH to a folder that has them"
 
 
 class Protocol(NamedTuple):
@@ -233,11 +236,32 @@ def _environments() -> Any:
 
 
 def _check_assets(root: Path) -> None:
-    """Meshes and textures, which the package looks for in its own folder."""
-    if not (root / "assets" / "scenes").is_dir():
-        given = os.environ.get("LIBERO_ASSET_PATH")
-        remedy = f"run libero-download-assets --link {given}" if given else ASSETS
-        raise _mistake(f"LIBERO's assets are not in {root / 'assets'}: {remedy}")
+    """Meshes and textures, which the package looks for in its own folder; LIBERO_ASSET_PATH is linked there."""
+    given, own = os.environ.get("LIBERO_ASSET_PATH", ""), root / "assets"
+    if given:
+        there = Path(given).expanduser().resolve()
+        if not (there / "scenes").is_dir():
+            raise _mistake(f"LIBERO_ASSET_PATH={given}: has no folder scenes; give one with LIBERO's assets")
+        if own.resolve() != there:
+            _link(own, there)
+    if not (own / "scenes").is_dir():
+        raise _mistake(f"LIBERO's assets are not in {own}: {ASSETS}")
+
+
+def _link(own: Path, there: Path) -> None:
+    """Makes `own` a link to `there`, whatever other processes do meanwhile; a folder with something in it stays."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not own.is_symlink():
+                own.rmdir()  # refused where there is something in it
+        with tempfile.TemporaryDirectory(dir=own.parent) as folder:
+            made = Path(folder) / "assets"
+            made.symlink_to(there)
+            made.replace(own)
+    except OSError as error:
+        if own.resolve() != there:
+            remedy = f"move {own} away and link it to {there}, or unset LIBERO_ASSET_PATH"
+            raise _mistake(f"LIBERO's {own} cannot become a link to {there} ({error.strerror}): {remedy}") from error
 
 
 def _mistake(line: str) -> Exception:

@@ -8,7 +8,7 @@ from changing import changed
 
 from configs import vla_base as base_configs
 from configs import vla_opd as configs
-from experiments import stages, vla, vla_base, vla_methods, vla_pictures, vla_tabletop
+from experiments import stages, vla, vla_base, vla_methods, vla_notes, vla_pictures, vla_tabletop
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import Acting, Starts
 from experiments.vla_stages import Experiment
@@ -198,7 +198,9 @@ def test_practice_also_points_at_what_is_named(experiment, params):
 def test_a_cost_is_counted(played):
     cost = vla_methods._cost(played)
     assert cost["environment_steps"] == played.length.sum() == 8 * 6
-    assert cost["decisions"] == 16
+    assert cost["decisions"] == 16 and "redone" not in cost
+    again = vla_methods._cost(played._replace(redone=jnp.tile(jnp.array([1, 2]), (8, 1))))
+    assert (again["redone"], again["redone_beside"]) == (8, 16)
 
 
 def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
@@ -230,6 +232,10 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"opd__teacher": "nobody"}, "teacher='nobody'"),
         ({"arms__vla_opd__teacher": "vla_opd"}, "teacher='vla_opd' (arm vla_opd)"),
         ({"opd__temperature": 0.0}, "temperature=0.0"),
+        (
+            {"arms__vla_opd__objective": "sampled"},
+            "acting_temperature=0.3, temperature=1.0 (arm vla_opd): objective='sampled' scores what was drawn",
+        ),
         ({"opd__batch_size": 7}, "arm vla_opd: batch_size=7: does not split"),
         ({"opd__micro_batches": 5}, "micro_batches=5"),
         ({"arms__opd_then_grpo__group": 1}, "group=1 (arm opd_then_grpo)"),
@@ -261,16 +267,88 @@ def test_the_report_says_how_noisy_sampled_tokens_are(experiment):
     line = {"stage": "vla_opd_seed0", "exact_gradient_square": 0.5, "sampled_gradient_variance": 4.0}
     others = [line | {"stage": "vla_opd_seed1"}, {"stage": "opd_then_grpo_seed0"}, line | {"stage": "sft_many_seed0"}]
     made = dict.fromkeys(("vla_opd", "sft_many", "opd_then_grpo"))
-    (said,) = vla.noise(experiment, [line, line | {"sampled_gradient_variance": 6.0}, *others], made)
+    (said,) = vla_notes.noise(experiment, [line, line | {"sampled_gradient_variance": 6.0}, *others], made)
     assert said.endswith("means of all updates: vla_opd 10.0.")
-    assert vla.noise(experiment, others[1:], made) == []
+    assert vla_notes.noise(experiment, others[1:], made) == []
 
 
-def test_a_student_without_success_is_told_of(capsys):
-    vla.check_start({"average ↑": 0.0})
-    assert "never succeeds" in capsys.readouterr().out
-    vla.check_start({"average ↑": 0.1})
-    assert not capsys.readouterr().out
+def test_a_task_without_success_is_told_of_with_its_causes(experiment):
+    """One task of one seed, where the average is not zero; the expert fails in it, too."""
+    a, b, c = experiment.tasks[:3]
+    names = [experiment.world.tasks[task].name for task in (a, b, c)]
+    known = {a: 1.0, b: 0.0, c: 1.0}
+    student, arm = [{a: 1.0, b: 0.0, c: 0.5}], [{a: 1.0, b: 0.2, c: 0.0}]
+    say = lambda name, *rest: vla_notes.zeros(experiment, name, *rest)
+    which, beyond, why = say("student, before", student, known)
+    assert which == f"student, before: none of 1 episodes succeeds in {names[1]}, which may be chance."
+    assert beyond.startswith(f"The expert never succeeds in {names[1]} (") and "horizon is too short" in beyond
+    assert "raise demonstrations.few, now 1, or sft.steps, now 3" in why
+
+    line = lambda step, kl: {"stage": "vla_opd_seed0", "step": step, "reverse_kl": kl}
+    which, why = say("vla_opd", arm, known, [line(0, 2.0), line(1, 0.5), line(0, 9.0) | {"stage": "other"}])
+    assert which == f"vla_opd, seed 0: none of 1 episodes succeeds in {names[2]}, which may be chance."
+    assert "reverse_kl falls, 2 to 0.5, while success stays 0" in why
+    assert "does not fall, 0.5 to 2" in say("vla_opd", arm, known, [line(0, 0.5), line(1, 2.0)])[1]
+    assert "GRPO has no reward" in say("opd_then_grpo", arm, known)[1]
+    assert "demonstrations.many, now 2" in say("sft_many", arm, known)[1]
+    assert "no use" in say("expert", [known], known)[-1] and len(say("expert", [known], known)) == 2
+    assert say("vla_opd", [{a: 0.1, b: 0.1, c: 0.1}], known) == []
+
+
+def test_zeros_of_every_seed_are_told_apart(tmp_path):
+    experiment = Experiment(config_of(seeds=(4, 5), eval__episodes=16), tmp_path, MESH)
+    tasks = experiment.tasks
+    lines = vla_notes.zeros(experiment, "student, before", [dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)])
+    assert [line.split(":")[0] for line in lines[:2]] == ["student, before, seed 4", "student, before, seed 5"]
+    assert lines[0].endswith(f"and {len(tasks) - vla_notes.SHOWN} more.") and "none of 16" in lines[0]
+
+
+def success_lines(stage: str, values, steps: int = 10) -> list[dict]:
+    return [{"stage": stage, "step": i, "success": s, "environment_steps": steps} for i, s in enumerate(values)]
+
+
+def test_steps_to_a_mark_are_by_the_running_mean_of_twenty_updates():
+    assert vla_notes.WINDOW == 20
+    rising = success_lines("a", [0.0] * 20 + [1.0] * 20)
+    assert vla_notes.steps_to(rising, 0.5) == (300.0, 0.5)  # ten of twenty, after thirty updates
+    assert vla_notes.steps_to(rising) == (400.0, 1.0)
+    assert vla_notes.steps_to(rising, 1.01) is None and vla_notes.steps_to(rising[:19], 0.0) is None
+    assert vla_notes.steps_to(success_lines("a", [0.5] * 40))[0] == 200.0  # the first of equals
+
+
+def test_how_soon_an_arm_is_as_good_as_grpo_ever_is():
+    config = changed(configs.get_config("seeds"), seeds=(0, 1))
+    lines = success_lines("grpo_seed0", [0.2] * 20 + [0.4] * 20) + success_lines("grpo_seed1", [0.3] * 25)
+    lines += success_lines("vla_opd_seed0", [0.4] * 20, 5) + success_lines("vla_opd_seed1", [0.2] * 30)
+    lines += success_lines("opd_then_grpo_seed0", [0.9] * 20) + success_lines("sampled_seed0", [0.9] * 20)
+    found = vla_notes.sooner(config, lines)
+    assert found == {
+        "grpo": {
+            "success": [pytest.approx(0.4), pytest.approx(0.3)],
+            "steps": {"grpo": [400.0, 200.0], "vla_opd": [100.0, None]},
+        }
+    }  # nothing of arms that begin elsewhere, act at another temperature, or have not been run
+    (said,) = vla_notes.sooner_note(found)
+    assert "0.40, 0.30: grpo 400, 200; vla_opd 100 (0.25 times that), never." in said
+    assert vla_notes.sooner(config, lines[:5]) == {} and vla_notes.sooner_note({}) == []
+
+
+def test_success_is_shown_against_queries_of_those_that_ask(experiment):
+    line = lambda stage: {"stage": stage, "step": 0, "seconds": 1.0, "success": 0.5, "environment_steps": 9}
+    lines = [line(f"{name}_seed0") | {"decisions": 3.0} for name in ("vla_opd", "opd_then_grpo")]
+    lines.append(lines[0] | {"step": 1, "success": 0.6})
+    found = vla.by_costs(experiment, [*lines, {"stage": "sft_many_seed0", "step": 0, "seconds": 1.0, "success": 1.0}])
+    assert found["teacher_queries"] == {"vla_opd_seed0": ([3.0, 6.0], [0.5, 0.6])}
+    assert set(found["environment_steps"]) == set(found["seconds"]) == {"vla_opd_seed0", "opd_then_grpo_seed0"}
+
+
+def test_the_students_row_has_the_cost_of_its_demonstrations(experiment):
+    spent = experiment.shown_to_students()
+    assert spent == {"environment_steps": len(experiment.few.task), "teacher_queries": len(experiment.few.task)}
+    made = [stages.Made({}, "", "", seconds, 0) for seconds in (1.0, 2.2)]
+    assert vla.costs(spent, made) == {
+        "environment steps": len(experiment.few.task), "teacher queries": len(experiment.few.task), "seconds": 2
+    }  # fmt: skip
 
 
 def test_starts_are_scenes_of_the_tasks_that_are_asked_for(experiment):

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import drawing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,12 @@ import pytest
 from changing import changed
 from PIL import Image
 
-pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
-
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
+from host_dying import Dying
+
 from configs import vla_opd as configs
-from experiments import vla, vla_demos, vla_host, vla_methods, vla_openvla, vla_pictures, vla_policies
+from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_openvla, vla_pictures, vla_policies
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
@@ -28,12 +29,9 @@ from opd_jax.models import action_tokens
 from opd_jax.models.action_tokens import Statistics
 from opd_jax.sampling import host_worker
 from opd_jax.sampling.episodes import Plan
-from opd_jax.worlds import libero, metaworld, mujoco_gl
+from opd_jax.worlds import libero, metaworld
 
-try:
-    mujoco_gl.choose()
-except ConfigError as error:
-    pytest.skip(str(error), allow_module_level=True)
+drawing.needed()
 
 MESH = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
 
@@ -145,6 +143,37 @@ def test_one_update_of_the_student_on_its_own_episodes(experiment, params):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params)))
 
 
+def test_episodes_of_a_process_that_died_are_played_again_and_counted(tmp_path, monkeypatch):
+    """Two of one process: one dies in it, the other is lost with it; in training, and in what is not."""
+    mark = tmp_path / "mark"
+    dying = staticmethod(lambda config, pictures=True: functools.partial(Dying, mark=str(mark), cameras=(), state=True))
+    monkeypatch.setattr(vla_host.MetaWorld, "make", dying)
+    experiment = Experiment(config_of(simulators__state=True, simulators__at_once=2), tmp_path, MESH)
+    world = experiment.world
+    params = jax.jit(experiment.module.init)(jax.random.key(0), world.example)["params"]
+    act = vla_methods.greedy(vla_methods.logits_fn(experiment.module))
+    starts, update = world.starts(experiment.tasks, 0), vla_methods.counting(lambda *_: (None, {}))
+
+    def play(dies: bool, split: str = "train"):
+        mark.touch() if dies else None
+        rollout = world.play(act, params, starts, jax.random.key(1), Acting(Plan(2, 2), split=split))
+        return rollout, update(None, rollout, None, None)[1]
+
+    (well, quiet), (again, counted) = play(False), play(True)
+    assert not mark.exists() and np.asarray(again.redone).sum(0).tolist() == [1, 1]
+    jax.tree.map(np.testing.assert_array_equal, again._replace(redone=None), well._replace(redone=None))
+    assert (quiet["redone"], quiet["redone_beside"], counted["redone"], counted["redone_beside"]) == (0, 0, 1, 1)
+    lines = [{name: float(value) for name, value in line.items()} for line in (quiet, counted, {"loss": 1.0})]
+    assert vla_notes.redone(experiment, lines) == {"redone": 1, "redone_beside": 1}
+    play(True, "test")
+    world._pool.close()
+    found = vla_notes.redone(experiment, lines)
+    assert found == {"redone": 2, "redone_beside": 2}
+    (said,) = vla_notes.redone_note(found)
+    assert "crashed, hung or raised: 2; beside one in its process: 2." in said
+    assert vla_notes.redone_note({"redone": 0, "redone_beside": 0}) == []
+
+
 def test_a_film_is_what_was_seen_at_decisions(experiment, played):
     frames = experiment.world.film(played, None, None, np.array([2]))
     np.testing.assert_array_equal(frames[0, 1], np.concatenate(list(played.observation.images[2, 1]), 1))
@@ -189,7 +218,7 @@ def test_words_are_told_apart():
 # ---- demonstrations from files ---------------------------------------------------------------------------------------
 
 
-def write_data_set(folder, episodes, side=32):
+def write_data_set(folder, episodes, side=32, scale=1.0):
     """LeRobot's v2.1 with pictures in the columns: `episodes` are instructions; returns the actions of each."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cameras, texts = ("observation.images.a", "observation.images.b"), sorted(set(episodes))
@@ -204,6 +233,7 @@ def write_data_set(folder, episodes, side=32):
     about = ({"episode_index": i, "length": 3} for i in range(len(episodes)))
     (folder / "meta" / "episodes.jsonl").write_text(lines(about))
     png, actions = io.BytesIO(), np.random.default_rng(0).uniform(-1, 1, (len(episodes), 3, 4)).astype(np.float32)
+    actions[-1, 1, 2] *= scale
     Image.fromarray(np.full((side, side, 3), 9, np.uint8)).save(png, "PNG")
     for i, text in enumerate(episodes):
         hand = np.tile(metaworld.HAND[1], (3, 1)).tolist()
@@ -228,6 +258,11 @@ def test_demonstrations_of_a_data_set_are_those_of_its_tasks(experiment, tmp_pat
     assert (found.observation.images == 9).all()
     with pytest.raises(ConfigError, match=r"2 episodes of each task are asked for; of .* 1 are there"):
         read(str(tmp_path / "set"), numbers={text(b): b}, count=2)
+    write_data_set(tmp_path / "wild", [text(b), text(a)], scale=1e3)  # in the second episode
+    with pytest.raises(
+        ConfigError, match=r"action 2 is as large as \d+, and a policy without .* \[-1, 1\]; scale or clip"
+    ):
+        read(str(tmp_path / "wild"), numbers={text(a): a, text(b): b}, count=1)
     write_data_set(tmp_path / "large", [text(b)], side=16)
     with pytest.raises(ConfigError, match="height 16, not 32, width 16, not 32; give demonstrations of this world"):
         read(str(tmp_path / "large"), numbers={text(b): b}, count=1)

@@ -115,12 +115,13 @@ def test_a_teacher_like_the_student_teaches_nothing(objective):
     assert value == 0 and not np.any(gradient)
 
 
+def spoil(leaf, there, value):
+    return jnp.where(there.reshape(*there.shape, *[1] * (leaf.ndim - there.ndim)), leaf, value)
+
+
 @pytest.mark.parametrize("objective", vla_opd.OBJECTIVES)
 def test_what_is_not_executed_changes_nothing(objective):
     mask = jnp.array(counted())
-    spoil = lambda leaf, there, value: jnp.where(
-        there.reshape(*there.shape, *[1] * (leaf.ndim - there.ndim)), leaf, value
-    )
     given = rollout()
     drawn = ActionTokens(spoil(given.drawn.tokens, mask, 10**6), spoil(given.drawn.behavior_logp, mask, jnp.nan))
     spoilt = given._replace(drawn=drawn, observation=spoil(SEEN, mask.any(-1), jnp.nan))
@@ -226,6 +227,22 @@ def test_grpo_is_the_policy_gradient_of_success_where_nothing_is_clipped():
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_grpo_of_what_is_not_executed_changes_nothing():
+    """NaN in observations and log-probabilities, tokens that do not exist; value, gradient, metrics."""
+    mask, given = jnp.array(counted()), rollout()
+    drawn = ActionTokens(spoil(given.drawn.tokens, mask, 10**6), spoil(given.drawn.behavior_logp, mask, jnp.nan))
+    spoilt = given._replace(drawn=drawn, observation=spoil(SEEN, mask.any(-1), jnp.nan))
+
+    def loss(params, given):
+        out = vla_opd.grpo(policy)(params, given, RewardLabels(jnp.array([1.0, -2.0, 0.5])), None)
+        return out.total.sum(), (out.weight, out.metrics)
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    clean = both(1.1 * STUDENT, given)  # ratios beside 1
+    chex.assert_trees_all_equal(both(1.1 * STUDENT, spoilt), clean)
+    chex.assert_tree_all_finite(clean)
+
+
 # ---- flow ------------------------------------------------------------------------------------------------------------
 
 TIMES, LEVELS = jnp.linspace(1, 0, F + 1), jnp.full(F, 0.7)
@@ -269,3 +286,23 @@ def test_the_flow_loss_is_the_kl_of_the_transitions():
     assert same[0] == 0 and not np.any(same[1])
     spoilt = PathLabels(jnp.where(counted()[:, :, None, :, None], labels.velocity, jnp.nan))
     chex.assert_trees_all_equal(loss(own, given, spoilt, None).total, got.total)
+
+
+def test_the_flow_loss_of_what_is_not_executed_changes_nothing():
+    """NaN in states of the path, in observations and in the teacher's velocity; value, gradient, metrics."""
+    own, other, mask = draw(6, D, H * A), draw(7, D, H * A), jnp.array(counted())
+    given, labels = path_rollout(), PathLabels(velocities(other))
+    along = jnp.broadcast_to(mask[:, :, None], (B, T, F + 1, H))
+    drawn = given.drawn._replace(states=spoil(given.drawn.states, along, jnp.nan))
+    spoilt = given._replace(drawn=drawn, observation=spoil(SEEN, mask.any(-1), jnp.nan))
+    spoilt_labels = PathLabels(spoil(labels.velocity, along[:, :, :F], jnp.nan))
+
+    def loss(params, given, labels):
+        out = vla_opd.supervise_flow(velocity)(params, given, labels, None)
+        return out.total.sum(), (out.weight, out.metrics)
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    clean = both(own, given, labels)
+    chex.assert_trees_all_equal(both(own, spoilt, spoilt_labels), clean)
+    chex.assert_tree_all_finite(clean)
+    assert np.any(clean[1])

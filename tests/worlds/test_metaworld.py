@@ -3,25 +3,21 @@
 import functools
 import sys
 
+import drawing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("metaworld", reason="pip install 'opd_jax[metaworld]'")
 
 from opd_jax.config import ConfigError
 from opd_jax.sampling import host_episodes, host_worker
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_episodes import Starts
 from opd_jax.sampling.host_pool import Pool
-from opd_jax.worlds import metaworld, mujoco_gl
+from opd_jax.worlds import metaworld
 from opd_jax.worlds.metaworld import MetaWorld
 
-try:
-    mujoco_gl.choose()
-except ConfigError as error:
-    pytest.skip(str(error), allow_module_level=True)
+drawing.needed()
 
 
 def state_of(simulator) -> np.ndarray:
@@ -183,13 +179,4 @@ def test_mistakes_are_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "metaworld.env_dict")
     with pytest.raises(ConfigError, match=r"pip install 'opd_jax\[metaworld\]'") as caught:
         MetaWorld(0, cameras=())
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_renderer_is_one_line(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "nothing")  # as where the library is missing
-    mujoco_gl.choose.cache_clear()
-    with pytest.raises(ConfigError, match="MuJoCo cannot draw with MUJOCO_GL=osmesa: apt-get install") as caught:
-        mujoco_gl.choose()
     assert "\n" not in str(caught.value)
