@@ -236,6 +236,14 @@ def killed(tmp_path_factory):
     return of
 
 
+def by_process(paths):
+    """Files of a checkpoint by the number of the process that has written them."""
+    found = {}
+    for path in paths:
+        found.setdefault(path.parent.parent.name.rpartition("_")[2], []).append(path)
+    return found
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_job(killed, victim):
     """The first, by which the others find each other, or another."""
@@ -243,6 +251,9 @@ def test_a_killed_process_ends_the_job(killed, victim):
     assert code != 0 and seconds < 2 * hosts.HEARTBEAT
     assert "start all again with --resume" in err or "another task died" in err  # ours, or JAX's while it waits
     assert not (workdir / "summary.json").exists()
+    written = workdir.glob(f"checkpoints/*/{STOPPED}/state/ocdbt.process_*/d/*")
+    sizes = {i: sum(path.stat().st_size for path in paths) for i, paths in by_process(written).items()}
+    assert sizes.keys() == {"0", "1"} and max(sizes.values()) < 2 * min(sizes.values()), "each has written its half"
 
 
 @pytest.mark.parametrize(("victim", "count"), [(1, 1), (1, 4), (0, 2)])
