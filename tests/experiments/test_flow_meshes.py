@@ -41,7 +41,7 @@ def made(name, world, adapters):
 
 def two_updates(name, mesh):
     """The rollout, its labels, losses and gradient norms; the second pair knows the gradient of the first."""
-    _, state, batch, adapters, world = pieces(mesh, 0.3)
+    _, state, batch, adapters, world = pieces(mesh, 0.1)
     method, optimizer, taught = made(name, world, adapters)
     rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
     labels = method.label(taught, rollout)
