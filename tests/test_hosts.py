@@ -226,7 +226,7 @@ def killed(tmp_path_factory):
     @functools.cache
     def of(victim):
         workdir = tmp_path_factory.mktemp("killed") / "run"
-        processes, limit = start(2, *LANGUAGE, f"--workdir={workdir}"), time.time() + 300
+        processes, limit = start(2, *LANGUAGE, f"--workdir={workdir}"), time.time() + 600
         while time.time() < limit and not list(workdir.glob(f"checkpoints/*/{STOPPED}")):
             time.sleep(0.02)
         processes[victim].send_signal(signal.SIGKILL)

@@ -66,7 +66,7 @@ def test_one_device_equals_eight(name, shape):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(others, losses, rtol=1e-5, atol=1e-7)
-    assert min(norm for _, norm in losses) > 1e-4, "or the second update hardly differs from the first"
+    assert min(norm for _, norm in losses) > 1e-5, "or the second update hardly differs from the first"
 
 
 def test_parameters_are_split_over_fsdp_and_gathered_a_layer_at_a_time():
