@@ -268,13 +268,13 @@ class Experiment:
         size, count = self.config.sampler.slots, len(rollout.length)
         if ("distance", teacher.name) not in self.methods:
             own = token_methods.exact(self.student, teacher.model, teacher.params, "reverse_kl")
-            self.methods["distance", teacher.name] = jax.jit(own)
+            self.methods["distance", teacher.name] = functools.partial(token_methods.supervised, own)
         label = token_methods.states_of(teacher.model)
         total = weight = 0.0
         for first in range(0, count - count % size or count, size):
             part = jax.tree.map(lambda leaf, i=first: leaf[i : i + size], rollout)
             part = sharding.shard_batch(part, self.mesh) if len(part.length) == size else part
-            out = self.methods["distance", teacher.name](params, part, label(teacher.params, part), None)
+            out = self.methods["distance", teacher.name](params, part, label(teacher.params, part))
             total, weight = total + float(out.total.sum()), weight + float(out.weight.sum())
         return total / max(weight, 1.0)
 

@@ -159,6 +159,12 @@ def exact(student: LanguageModel, teacher: LanguageModel, teacher_params, diverg
     return opd.supervise(student.hidden, student.whole_head, head, divergence=divergence, options=options)
 
 
+@jax.jit
+def supervised(supervise: Partial, params, rollout, labels):
+    """A loss without an update. What it binds is an argument: of several processes none holds all of it."""
+    return supervise(params, rollout, labels, None)
+
+
 def online(student: LanguageModel, teacher: LanguageModel, teacher_params, how: SamplingParams, recipe) -> tuple:
     """Standard OPD: the student's own answers, the teacher's distribution (or log-prob) at every token of them."""
     sample = answer(student, how, recipe.group)

@@ -60,7 +60,7 @@ def private(
     """
     settings = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "expected_batch": expected_batch}
 
-    @partial(jax.jit, donate_argnums=1)
+    @sharding.InPlace
     def update(supervise, state, rollout, labels, key):
         rows = (rollout, labels)
         total = (summed or clipped_sum)(

@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,26 +28,73 @@ EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT = 60  # seconds of silence after which a process counts as dead, and the others end
 
 
+class Launcher(NamedTuple):
+    """The environment variables in which a launcher numbers its processes."""
+
+    count: str
+    process: str
+    here: str  # among those of the same host
+
+
+LAUNCHERS = (  # the first that is there counts, as in JAX: mpirun inside a job of SLURM is Open MPI's
+    Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+
+
 def initialize() -> None:
     """Joins the processes of this run; to be called before anything of JAX is used.
 
     JAX finds them, from the metadata of a TPU pod, SLURM, Open MPI or Kubernetes, or they are in three environment
     variables: `JAX_COORDINATOR_ADDRESS`, host:port of the first; `JAX_NUM_PROCESSES`; `JAX_PROCESS_ID`, 0 is the first.
+    Under SLURM and Open MPI the first alone is enough, where JAX finds no address (Open MPI 5) or not the right one.
+
+    Of a host's GPUs a process takes those that `gpus` says.
 
     Raises: ConfigError where there is nothing to find them by, or they do not all come.
     """
-    given = {name: os.environ[name] for name in EXPLICIT if name in os.environ}
-    if given and len(given) < len(EXPLICIT):
-        missing = ", ".join(name for name in EXPLICIT if name not in given)
-        raise ConfigError(f"--distributed: {missing} not set beside {', '.join(given)}; set all three, or none")
     try:
-        numbers = {"num_processes": int(given[EXPLICIT[1]]), "process_id": int(given[EXPLICIT[2]])} if given else {}
-        how = {"cluster_detection_method": "deactivate"} if given else {}
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **numbers, **how)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **_numbers(), local_device_ids=gpus())
+    except ConfigError:
+        raise
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         remedy = f"start one process per host under SLURM, Open MPI or on a TPU pod, or set {', '.join(EXPLICIT)}"
         raise ConfigError(f"--distributed: {reason}; {remedy}") from error
+
+
+def _launcher() -> Launcher | None:
+    """The one that started this process; None where its number is given by hand, or JAX knows better."""
+    if any(name in os.environ for name in EXPLICIT[1:]):
+        return None
+    return next((one for one in LAUNCHERS if all(name in os.environ for name in one)), None)
+
+
+def _numbers() -> dict[str, Any]:
+    """How many processes there are and which one this is, where the address of the first is given; else {}."""
+    launcher, given = _launcher(), [name for name in EXPLICIT if name in os.environ]
+    names = EXPLICIT if launcher is None else (EXPLICIT[0], launcher.count, launcher.process)
+    if not given:
+        return {}
+    if missing := ", ".join(name for name in names if name not in os.environ):
+        raise ConfigError(f"--distributed: {missing} not set beside {', '.join(given)}; set all three, or none")
+    count, process = (int(os.environ[name]) for name in names[1:])
+    return {"num_processes": count, "process_id": process, "cluster_detection_method": "deactivate"}
+
+
+def gpus() -> list[int] | None:
+    """Which of the GPUs that a process of SLURM or Open MPI can see are its own; []: all; None: left to JAX.
+
+    All where it is alone on its host, and where it sees but one or `--gpus-per-task` has bound them to it. JAX would
+    take the one GPU of the process's number on its host, which is the rule where several see all.
+    """
+    launcher, environment = _launcher(), os.environ
+    if launcher is None or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    one_each = environment.get("SLURM_STEP_NUM_NODES") == environment.get("SLURM_NTASKS", "")
+    alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" if launcher is LAUNCHERS[0] else one_each
+    bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    return [] if alone or bound else [int(environment[launcher.here])]
 
 
 def several() -> bool:

@@ -74,8 +74,8 @@ def dense(
             smallest of these widths that holds them all, or at S. So padding is not paid for, and nothing is compiled
             anew. For losses without randomness: a record's place in the batch changes. (): all at S.
 
-    Returns: `update(state, rollout, labels, key) -> (state, metrics)`. `state` is donated; what `offload.offloaded` has
-    moved to the host's memory stays there.
+    Returns: `update(state, rollout, labels, key) -> (state, metrics)`. `state` is donated, and the new one lies where
+    it did, on a mesh and in the host's memory (`offload.offloaded`).
     Raises: ValueError at tracing where the records do not divide into `updates * micro_batches`.
     """
 
@@ -114,7 +114,7 @@ def dense(
             metrics |= {f"{name}_{suffix}": jnp.nan_to_num(value) for suffix, value in zip(QUANTILES, quantiles)}
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    @partial(jax.jit, donate_argnums=1)
+    @sharding.InPlace
     def update(supervise, state, rollout, labels, key):
         def step(state, part):
             return one(supervise, state, *part, key)

@@ -309,3 +309,33 @@ def shard_params(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """
     place = lambda leaf, spec: put(leaf, NamedSharding(mesh, spec))
     return jax.tree.map(place, tree, param_specs(tree, rules, mesh))
+
+
+class InPlace:
+    """A jitted `update(supervise, state, *more) -> (state, metrics)` whose new state lies where the old one did.
+
+    The old one is donated. XLA, left to itself, splits what rules leave whole, biases for example: the next update
+    would then be compiled again, and a state that is restored, which lies by the rules, would be another program's.
+    A state that is not placed on a mesh is left to XLA.
+    """
+
+    def __init__(self, update: Callable):
+        self._update, self._programs = update, {}
+
+    def __call__(self, *args: Any) -> Any:
+        return self._program(args[1])(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As of a jitted function; a state may be of `jax.ShapeDtypeStruct`."""
+        return self._program(args[1]).lower(*args)
+
+    def _program(self, state: PyTree) -> Any:
+        traced = lambda leaf: isinstance(leaf, jax.core.Tracer)
+        places = jax.tree.map(lambda leaf: None if traced(leaf) else getattr(leaf, "sharding", None), state)
+        leaves, structure = jax.tree.flatten(places, is_leaf=lambda leaf: leaf is None)
+        on_mesh = all(isinstance(place, NamedSharding) for place in leaves)
+        key = (structure, *leaves) if on_mesh else None
+        if key not in self._programs:
+            where = {"out_shardings": (places, None)} if on_mesh else {}
+            self._programs[key] = jax.jit(self._update, donate_argnums=1, **where)
+        return self._programs[key]

@@ -1,6 +1,7 @@
 """Every method of language models on meshes of eight devices: tokens, losses, places, and what is never made whole.
 
-Flow-OPD and VLA-OPD on such meshes are in `test_flow_experiment.py` and `test_vla_experiment.py`.
+Private methods are in `test_meshes_private.py`, Flow-OPD and VLA-OPD in `experiments/test_flow_meshes.py` and
+`experiments/test_vla_meshes.py`.
 """
 
 import functools
@@ -11,10 +12,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import (
+    ALONE,
+    HOW,
+    LANGUAGE,
+    MESHES,
+    NEW,
+    PROBLEMS,
+    ROOM,
+    SEQUENCE,
+    STUDENT,
+    TEACHER,
+    TENSOR,
+    V,
+    on_one_device,
+    params_of,
+    placed,
+    rows,
+    sampled,
+    student,
+    teacher,
+)  # fmt: skip
 from ml_collections import ConfigDict
 
 from configs import dp_opd, flow_opd, opd, uni_opd, vla_opd
-from experiments import dp, dp_methods, language, reasoning, token_methods, uni_methods, vla
+from experiments import dp, language, reasoning, token_methods, uni_methods, vla
 from experiments import flow_opd as flow_experiment
 from experiments import uni_opd as uni_opd_experiment
 from experiments.reasoning_stages import arm_recipe
@@ -23,60 +45,13 @@ from experiments.uni_setup import Model
 from opd_jax import cost, optim, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import ConfigError
+from opd_jax.losses import cross_entropy
 from opd_jax.losses.lightning_opd import LightningLabels
-from opd_jax.models.decoder import Decoder, partition_rules
+from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, save_decoder, stacks
-from opd_jax.privacy import Mechanism
-from opd_jax.sampling.tokens import SamplingParams
 
-exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
-TENSOR, SEQUENCE = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2}
-MESHES = [
-    pytest.param(TENSOR, id="data2-fsdp2-tensor2"),
-    pytest.param(SEQUENCE, id="fsdp2-sequence2-tensor2"),
-    exhaustive({"data": 8}, id="data8"),
-    exhaustive({"data": 2, "fsdp": 4}, id="data2-fsdp4"),
-    exhaustive({"tensor": 4, "data": 2}, id="data2-tensor4"),
-    exhaustive({"data": 4, "sequence": 2}, id="data4-sequence2"),
-]
-V, ROOM, NEW = 72, 20, 16  # columns of the heads, some of them padding; tokens of prompts and of answers
-STUDENT = Decoder(V, 32, 64, 2, 4, 2, 8, qk_norm=True)
-TEACHER = Decoder(V, 48, 64, 2, 4, 2, 16)
-LANGUAGE, PROBLEMS = language.reasoning_language(), language.reasoning_problems(8, 0, (1,))
-HOW = SamplingParams(NEW, LANGUAGE.stop_ids, temperature=0.9)
 SETTINGS = {"learning_rate": 1e-2, "warmup": 0, "weight_decay": 0.0, "b2": 0.999, "micro_batches": 2, "steps": 2}
 SETTINGS |= {"group": 2, "clip": 0.3, "weighting": "unit", "divergence": "sampled", "batch_size": 8}
-student, teacher = (language.functions(module, LANGUAGE.vocab_size) for module in (STUDENT, TEACHER))
-
-
-@functools.cache
-def params_of(module, seed=0):
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    numbers = np.random.default_rng(seed)
-    draw = lambda x: (0.2 * numbers.standard_normal(x.shape) + (x.ndim < 3 and x.shape[-1] < V)).astype(np.float32)
-    return jax.tree.map(draw, shapes)
-
-
-def placed(tree, mesh):
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    return sharding.shard_params(tree, mesh, partition_rules(mesh))
-
-
-def rows(tree, mesh):
-    return jax.tree.map(jnp.asarray, tree) if mesh is None else sharding.shard_batch(tree, mesh)
-
-
-def sampled(mesh):
-    """Two answers to each of eight problems."""
-    batch = [token_methods.prompt(PROBLEMS, ROOM, index) for index in range(8)]
-    batch = rows(jax.tree.map(lambda *leaves: np.stack(leaves), *batch), mesh)
-    return token_methods.answer(student, HOW, 2)(placed(params_of(STUDENT), mesh), batch, jax.random.key(1))
-
-
-@functools.cache
-def on_one_device():
-    return jax.device_get(sampled(None))
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -206,6 +181,15 @@ def two_updates(method, state, rollout, labels):
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_those_of_one_device(name, shape):
     """And of the second update, which knows the gradient of the first; the state stays where it is put."""
+    check_losses(name, shape)
+
+
+@pytest.mark.parametrize("shape", ALONE)
+def test_losses_are_those_of_one_device_along_every_axis_alone(shape):
+    check_losses("exact opd", shape)
+
+
+def check_losses(name, shape):
     on_one_device()
     expected = losses_on_one_device(name)
     mesh = sharding.make_mesh(shape)
@@ -219,35 +203,34 @@ def test_losses_are_those_of_one_device(name, shape):
     assert old.is_deleted(), "the state is donated"
 
 
-# ---- private training ------------------------------------------------------------------------------------------------
+MOE = STUDENT.clone(num_experts=4, experts_per_token=2, normalize_experts=True)
 
 
-def private_update(ghost, mesh):
-    """Parameters after an update of DP-OPD with noise, and the norm of its gradient."""
-    recipe = arm_recipe(dp_opd.get_config("tiny"), "dp_opd")
-    recipe.unlock()
-    recipe.update({"lora_rank": 0, "ghost": ghost, "micro_batch": 8, "stored": False, "rollouts": 1})
-    taught, own = placed(params_of(TEACHER, 1), mesh), Mechanism(1.0, 1e-5, 0.5, 0.1)
-    method, optimizer = dp_methods.method(student, teacher, taught, HOW, recipe, own, 16)
-    rollout = rows(on_one_device(), mesh)
-    state = placed(optim.init_state(placed(params_of(STUDENT), mesh), optimizer), mesh)
-    state, metrics = method.update(state, rollout, method.label(None, rollout), jax.random.key(3))
-    return jax.device_get((state.params, metrics))
+def forward_and_gradient_of_experts(mesh):
+    """Hidden states, and the gradient of the loss of SFT."""
+    model = language.functions(MOE, LANGUAGE.vocab_size)
+    supervise = cross_entropy.supervise(model.hidden, head_fn=model.head)
+
+    @jax.jit
+    def both(params, rollout):
+        loss = lambda params: supervise(params, rollout, None, None).total.sum()
+        return model.hidden(params, rollout.tokens, None), jax.grad(loss)(params)
+
+    return jax.device_get(both(placed(params_of(MOE), mesh), rows(on_one_device(), mesh)))
 
 
 @functools.cache
-def private_on_one_device(ghost):
-    return private_update(ghost, None)
+def experts_on_one_device():
+    return forward_and_gradient_of_experts(None)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("ghost", [True, exhaustive(False)])
-def test_a_private_update_is_that_of_one_device(ghost, shape):
+@pytest.mark.parametrize("shape", [*MESHES[:2], *ALONE])
+def test_experts_are_those_of_one_device(shape):
     on_one_device()
-    expected = private_on_one_device(ghost)
-    found = private_update(ghost, sharding.make_mesh(shape))
+    expected = experts_on_one_device()
+    found = forward_and_gradient_of_experts(sharding.make_mesh(shape))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # Adam's first steps hardly depend on a gradient's size
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 # ---- what devices exchange -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The experiment's pieces: shipped weights, stages, routing, and one step on one device and on eight."""
+"""The experiment's pieces: shipped weights, stages, routing, judges."""
 
 import functools
 import json
@@ -7,19 +7,18 @@ import threading
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flow_pieces import one, pieces
 
 from configs import common, flow_opd, scenes_base
 from experiments import flow_methods, scenes, stages
 from experiments import flow_opd as experiment
 from experiments import scenes_base as pretraining
-from opd_jax import cost, hosts, optim, rng, sharding
+from opd_jax import hosts, optim, rng, sharding
 from opd_jax.checkpoint import load_params
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
-from opd_jax.models import lora
 from opd_jax.rewards import combination, serve
 from opd_jax.rewards.remote import Scores
 
@@ -125,63 +124,6 @@ def test_a_stage_is_made_once(tmp_path):
     assert len(set(calls)) == 2, "another recipe has checkpoints of its own"
 
 
-class World(scenes.Scenes):
-    """The scenes with a backbone of the test's."""
-
-    def __init__(self, model, backbone):
-        wearing = model, 1.0, backbone, scenes.encode
-        self.velocity = flow_methods.adapted_velocity(*wearing)
-        self.routed = flow_methods.routed_velocity(*wearing)
-
-
-def pieces(mesh):
-    """Flow-OPD on a tiny model."""
-    config = flow_opd.get_config("tiny")
-    model = scenes.module(config)
-    params = scenes.init_params(model, 0)
-    params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
-    backbone = scenes.place(params, mesh)
-    world = World(model, backbone)
-    adapters = [lora.init(rng.stream(i, "a"), params, config.lora.pattern, 2) for i in range(3)]
-    adapters = [jax.tree.map(lambda x, i=i: x + 0.02 * (i + 1), adapter) for i, adapter in enumerate(adapters)]
-    recipe = experiment.arm_recipe(config, "flow_opd")
-    update, optimizer = flow_methods.opd_update(world.velocity, recipe, config)
-    method = flow_methods.opd_method(world, update, config, recipe)
-    captions = [text for texts in scenes.held_out(4, 0, False).values() for text in texts]
-    batch = {"condition": scenes.tokens_of(captions), "task": np.repeat(np.arange(2, dtype=np.int32), 4)}
-    batch = sharding.shard_batch(batch, mesh)
-    teachers = sharding.replicate((adapters[:2], adapters[2]), mesh)
-    state = sharding.replicate(optim.init_state(lora.average(adapters), optimizer), mesh)
-    return method, state, batch, teachers, world
-
-
-def one():
-    return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-
-
-def step(mesh):
-    method, state, batch, teachers, _ = pieces(mesh)
-    rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
-    labels = method.label(teachers, rollout)
-    state, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
-    return jax.device_get((rollout.states, labels, state.params, metrics))
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return step(one())
-
-
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_one_device_equals_eight(one_device, shape):
-    *arrays, metrics = step(sharding.make_mesh(shape))
-    np.testing.assert_allclose(metrics["loss"], one_device[-1]["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(one_device[:-1]), jax.tree.leaves(tuple(arrays)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
-    for name, value in one_device[-1].items():  # log-ratios are differences of log-densities of thousands of nats
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=5e-4, err_msg=name)
-
-
 class Judges:
     """`flow_opd.Experiment` as far as it asks a judge."""
 
@@ -215,54 +157,6 @@ def test_of_several_processes_the_first_asks_a_judge_for_all(monkeypatch):
         np.testing.assert_array_equal(found.known, [True, False])
         np.testing.assert_array_equal(found.parts["a"].score, [1.25, np.nan])
         np.testing.assert_array_equal(found.parts["b"].score, [0.25, np.nan])
-
-
-def test_parameters_are_split_over_fsdp_and_gathered_a_layer_at_a_time():
-    """The frozen backbone of a student; and all of what the base trains, with its gradient, moments and average."""
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
-    *_, world = pieces(mesh)
-    (backbone,) = world.velocity.args
-    state, update, arguments = base_update(mesh)
-    whole = {leaf.shape for leaf in jax.tree.leaves(backbone) if leaf.ndim == 2}
-    for leaf in jax.tree.leaves((backbone, state)):
-        split = leaf.shape in whole and 4 * leaf.addressable_shards[0].data.size == leaf.size
-        assert split or leaf.shape not in whole, leaf.shape
-    text = update.func.lower(*update.args, state, *arguments).compile().as_text()
-    sent = cost.cost_of(text, devices=8).collectives
-    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2) * 3 / 4
-    assert 0.9 * weights < sent["all-gather"].bytes < 2 * weights, "forward, and perhaps again backward"
-    assert sent["all-to-all"].bytes < 1e3, "activations stay where their records are"
-
-
-def base_update(mesh):
-    """A state, an update of the base's pretraining, and what it is given."""
-    config = pretraining.phase_of(scenes_base.get_config("tiny"), "web")
-    model = scenes.module(config)
-    method, optimizer = pretraining.method(config, scenes.full_velocity(model))
-    state = scenes.place(optim.init_state(scenes.place(scenes.init_params(model, 0), mesh), optimizer), mesh)
-    captions = [text for texts in scenes.held_out(4, 0, False).values() for text in texts]
-    images = np.random.default_rng(0).standard_normal((8, *scenes.SHAPE)).astype(np.float32)
-    batch = sharding.shard_batch({"image": images, "condition": scenes.tokens_of(captions)}, mesh)
-    rollout = method.sample(state.params, batch, rng.stream(0, "sample"))
-    return state, method.update, (rollout, rollout.velocity, rng.stream(0, "update"))
-
-
-@functools.cache
-def base_losses(shape):
-    mesh = sharding.make_mesh(dict(shape)) if shape else one()
-    state, update, arguments = base_update(mesh)
-    places, found = jax.tree.map(lambda leaf: leaf.sharding, state), []
-    for _ in range(2):
-        state, metrics = update(state, *arguments)
-        found.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
-    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
-        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-    return found
-
-
-def test_the_base_learns_the_same_on_one_device_and_on_eight():
-    expected = base_losses(())
-    np.testing.assert_allclose(base_losses((("data", 2), ("fsdp", 4))), expected, rtol=1e-5)
 
 
 def test_every_record_is_labelled_by_its_own_teacher():

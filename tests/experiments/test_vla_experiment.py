@@ -12,7 +12,7 @@ from experiments import stages, vla, vla_base, vla_methods, vla_notes, vla_pictu
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import Acting, Starts
 from experiments.vla_stages import Experiment
-from opd_jax import optim, sharding
+from opd_jax import optim
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError
 from opd_jax.losses import vla_opd
@@ -105,26 +105,6 @@ def test_a_chunk_of_a_flow_is_drawn_labelled_and_learnt_from(experiment):
     assert chunk.shape == labels.velocity.shape[:1] + labels.velocity.shape[3:] and bool(jnp.isfinite(chunk).all())
     _, metrics = method.update(optim.init_state(params, optimizer), rollout, labels, jax.random.key(2))
     assert metrics["reverse_kl"] > 0 and metrics["success"] == rollout.success.mean()
-
-
-@pytest.mark.slow
-def test_a_step_on_a_mesh_of_three_axes_is_that_of_one(experiment, params, played):
-    recipe = arm_recipe(experiment.config, "vla_opd")
-    method, optimizer = experiment.policies["bins"].on_policy(recipe)
-    acting, act = Acting(Plan(2, 3)), vla_methods.drawn(vla_methods.logits_fn(experiment.module))
-    rollout, losses = jax.device_get(played), []
-    for mesh in (None, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
-        place = lambda tree, mesh=mesh: tree if mesh is None else sharding.replicate(tree, mesh)
-        split = jax.tree.map(jnp.asarray, rollout) if mesh is None else sharding.shard_batch(rollout, mesh)
-        state = place(optim.init_state(params, optimizer))
-        labels = method.label(None, split)
-        for key in range(2):
-            state, metrics = method.update(state, split, labels, jax.random.key(key))
-            losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[2:], losses[:2], rtol=1e-5)
-    starts = sharding.shard_batch(jax.device_get(experiment.world.starts(experiment.tasks[:8], 0)), mesh)
-    again = experiment.world.play(act, place(params), starts, jax.random.key(1), acting)
-    np.testing.assert_array_equal(again.drawn.tokens, rollout.drawn.tokens)
 
 
 def test_demonstrated_chunks_are_noised_each_to_a_time_of_its_own(experiment):
