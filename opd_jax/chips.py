@@ -39,6 +39,9 @@ CHIPS = {
     "h200": Chip("H200 141GB", 989e12, 495e12, 132e9, 4800e9, 450e9),
 }
 TPUS = ("v5e", "v5p", "v6e")
+# What the names of devices begin with, the longer first: jax's `device_kind`, and so torch's `get_device_name`.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+_KINDS |= {"NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
 
 class Topology(NamedTuple):
@@ -73,6 +76,11 @@ def roofline(cost: Cost, chip: Chip, float32: bool) -> Roofline:
     """
     peak = chip.flops_float32 if float32 else chip.flops
     return Roofline(cost.flops / peak, cost.bytes / chip.bandwidth, cost.sent / chip.interconnect)
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None where it is not among `CHIPS`, such as a CPU."""
+    return next((CHIPS[key] for start, key in _KINDS.items() if kind.startswith(start)), None)
 
 
 def parse(name: str) -> tuple[str, int]:
