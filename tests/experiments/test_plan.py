@@ -332,6 +332,8 @@ def test_the_last_program_of_a_dump_is_read(tmp_path):
     assert plan.dumped(tmp_path) == "before"
     (tmp_path / "m.after_optimizations.txt").write_text("last")
     assert plan.dumped(tmp_path) == "last"
+    (tmp_path / "m.after_codegen.txt").write_text("with cycles")
+    assert plan.dumped(tmp_path) == "with cycles"
 
 
 def test_search_lists_what_fits_by_time(capsys, monkeypatch):
