@@ -167,7 +167,7 @@ def _paper(config: ConfigDict) -> None:
     config.student.update({
         "cameras": 1, "proprioception": False,  # SimpleVLA-RL
         "crop": 0.9,  # OpenVLA-OFT's evaluation
-        "dtype": "bfloat16", "remat": True,  # ours
+        "dtype": "bfloat16", "remat": "nothing",  # ours
     })  # fmt: skip
     config.sft.steps = 0  # the student's directory is already fine-tuned, on one demonstration of each task: VLA-OPD
     config.opd.update({

@@ -230,7 +230,7 @@ def search(config, where: Topology) -> bool:
                 break  # fewer parts read the parameters less often: the first that fits is the fastest
     found.sort(key=lambda row: row["hours"])
     rows = [row | {"hours": f"{row['hours']:.3g}"} for row in found]
-    remedy = "take more chips, shorter answers or --config.compute.remat=True"
+    remedy = "take more chips, shorter answers or --config.compute.remat=nothing"
     print(report.format_table(rows) if rows else f"nothing fits: {remedy}")
     return bool(found)
 
