@@ -41,12 +41,12 @@ class Forward(NamedTuple):
         return (1 if frozen else 2) * self.dense + 2 * self.attention + 2 * self.adapter
 
 
-def decoder(module: Decoder, tokens: int, seen: int, logits: int) -> Forward:
+def decoder(module: Decoder, tokens: int, seen: float | int, logits: int) -> Forward:
     """A forward pass of a language model.
 
     Args:
         tokens: in all records together.
-        seen: tokens that each of them attends to, itself included.
+        seen: tokens that each of them attends to, itself included, on average.
         logits: positions, in all records together, whose logits are made.
     """
     dense = 0.0
