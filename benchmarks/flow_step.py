@@ -9,7 +9,8 @@ of the records; a student that starts as the mean of them, of four times their r
 student's stochastic paths with guidance; `update`, of one and the same batch of paths: the teachers' velocities at all
 visited states but the last, the student's with gradient, AdamW; `step`, both. With `--dtype=bfloat16`, the default on
 a GPU, the transformer's weights and products are bfloat16 on both sides and the student's adapter float32. `--compile`
-puts the peer's transformer under torch.compile; `--remat` recomputes blocks on both sides.
+puts the peer's transformer under torch.compile; `--remat` recomputes blocks on both sides, ours by a policy of
+`opd_jax/models/remat.py`.
 
 Columns are those of `token_opd.py`, in images. FLOPs are what the step must do (`opd_jax/flops.py`): one teacher at
 each state. `loss` is that of the first update of both sides, of the same paths, to show that they do the same work.
@@ -37,6 +38,7 @@ from opd_jax.models import lora
 from opd_jax.models.hf import load_mmdit, save_mmdit
 from opd_jax.models.hf.mmdit import diffusers_name
 from opd_jax.models.mmdit import MMDiT
+from opd_jax.models.remat import CHOICES
 
 TINY = MMDiT(2, 4, 4, 2, 2, 16, 24, 12, 8, (0,), "rms_norm")
 SHAPES = {  # model; latents of 512 px, tokens of CLIP and of T5, as in configs/flow_opd.py:paper
@@ -161,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.5)
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--remat", action="store_true", help="recompute blocks in the backward pass, on both sides")
+    parser.add_argument("--remat", default="", choices=CHOICES, help="what our blocks keep; the peer's then nothing")
     parser.add_argument("--compile", action="store_true", help="the peer's transformer under torch.compile")
     args = parser.parse_args()
     for name, default in SHAPES[args.shape][1].items():

@@ -38,6 +38,7 @@ from opd_jax import flops, optim, rng
 from opd_jax.losses import opd
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, save_decoder
+from opd_jax.models.remat import CHOICES
 from opd_jax.sampling.tokens import SamplingParams
 from opd_jax.types import TokenRollout
 
@@ -225,7 +226,7 @@ def arguments() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
     parser.add_argument("--attention", default="", choices=["", "cudnn"], help="ours; cudnn: flash attention on a GPU")
-    parser.add_argument("--remat", action="store_true", help="ours: recompute blocks in the backward pass")
+    parser.add_argument("--remat", default="", choices=CHOICES, help="ours: what blocks keep for the backward pass")
     parser.add_argument("--compile", action="store_true", help="the peer's models under torch.compile")
     parser.add_argument("--loss", default="plain", choices=["plain", "trl"], help="the peer's")
     args = parser.parse_args()

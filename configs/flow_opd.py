@@ -85,6 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"prompts": 192, "steps": 20, "shift": 2.0, "double_shift": False, "seed": 1234},
         "save_every": 20,
+        "offload": False,  # True: moments and average wait in the host's memory between updates
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": common.mesh(),
     })  # fmt: skip

@@ -85,6 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"episodes": 16, "seed": 1234},  # of each task, in scenes of the test split, the most probable bins
         "save_every": 10,
+        "offload": False,  # True: moments and average wait in the host's memory between updates
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": common.mesh(),
     })  # fmt: skip

@@ -248,7 +248,7 @@ def test_flops_of_the_mmdits_update_are_those_counted_by_hand(monkeypatch):
     monkeypatch.setattr(plan_flow, "CLIP_TOKENS", text - 1)
     config = flow_opd.get_config("paper")
     with config.unlocked():
-        config.pipeline.update({"path": "tiny", "resolution": 8 * side, "remat": False, "max_sequence_length": 1})
+        config.pipeline.update({"path": "tiny", "resolution": 8 * side, "remat": "", "max_sequence_length": 1})
         config.pipeline.dtype = "float32"
         config.lora.rank, config.teachers = r, {"one": config.teachers.geneval}
         config.sampler.steps = 3
