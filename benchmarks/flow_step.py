@@ -165,6 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="", choices=CHOICES, help="what our blocks keep; the peer's then nothing")
     parser.add_argument("--compile", action="store_true", help="the peer's transformer under torch.compile")
+    parser.add_argument("--profile", default="", help="a folder, for a trace of one call of each of our rows")
     args = parser.parse_args()
     for name, default in SHAPES[args.shape][1].items():
         setattr(args, name, getattr(args, name) or default)
@@ -191,6 +192,8 @@ def main() -> None:
         print("loss of the first update:", ", ".join(f"{name} {value:.6g}" for name, value in losses.items()))
         rows = measures.compare(sides, work_of(ours.module, args), args.repeats, args.dtype == "float32")
         print(measures.table(rows), flush=True)
+        if args.profile:
+            measures.profiled(sides["ours"], args.profile)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,15 @@ def compare(sides: dict[str, Side], work: dict[str, Work], repeats: int, float32
     return rows
 
 
+def profiled(side: Side, folder: str) -> None:
+    """One more call of each of jax's rows, under `jax.profiler`: for TensorBoard or Perfetto."""
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        for name, call in side.calls.items():
+            with jax.profiler.TraceAnnotation(name):
+                call()
+    print(f"profile of {', '.join(side.calls)}: {folder}")
+
+
 def share(rate: float | None, peak: float | None) -> str | None:
     return None if rate is None or peak is None else f"{rate / peak:.1%}"
 

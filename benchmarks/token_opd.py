@@ -229,6 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--remat", default="", choices=CHOICES, help="ours: what blocks keep for the backward pass")
     parser.add_argument("--compile", action="store_true", help="the peer's models under torch.compile")
     parser.add_argument("--loss", default="plain", choices=["plain", "trl"], help="the peer's")
+    parser.add_argument("--profile", default="", help="a folder, for a trace of one call of each of our rows")
     args = parser.parse_args()
     for name, default in (SHAPES[args.shape][2] if args.shape else SMALL).items():
         setattr(args, name, getattr(args, name) or default)
@@ -256,6 +257,8 @@ def main() -> None:
         print("reverse_kl of one batch, nats per token:", ", ".join(f"{k} {v:.6f}" for k, v in values.items()))
         rows = measures.compare(sides, work_of(ours.modules, args), args.repeats, args.dtype == "float32")
         print(measures.table(rows), flush=True)
+        if args.profile:
+            measures.profiled(sides["ours"], args.profile)
 
 
 if __name__ == "__main__":

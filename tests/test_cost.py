@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax import chips, cost, hlo, optim, sharding
 from opd_jax.config import ConfigError
+from opd_jax.models import decoder
 from opd_jax.models.decoder import Decoder
 from opd_jax.types import Weighted
 
@@ -422,6 +423,35 @@ def test_a_tpus_program_is_counted_by_hand_and_its_cycles_as_often_as_they_run(l
     assert line.bound == "compute" and line.seconds == pytest.approx(layers * 2 * size**3 / 197e12)
     assert line.seconds < expected < 4 * line.seconds
     assert expected / layers == pytest.approx(102.03e-6 / 4, rel=0.2)  # libtpu 0.0.52; one body, run `layers` times
+
+
+def test_fsdp_gathers_parameters_in_the_type_of_the_products():
+    """Masters are float32; what devices send each other of them before a layer's turn is bfloat16, half the bytes."""
+    pytest.importorskip("libtpu")
+    where = chips.topology("v5e:2x2")
+    mesh = sharding.make_mesh({"fsdp": 4}, where.devices)
+    rules, optimizer = decoder.partition_rules(mesh), optim.adamw(1e-3)
+    place = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    module = Decoder(1024, 256, 512, 2, 4, 2, 64, dtype=jnp.bfloat16)
+
+    def supervise(params, tokens, labels, key):
+        total = (module.apply({"params": params}, tokens) ** 2).sum((1, 2))
+        return Weighted(total, jnp.ones_like(total))
+
+    init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = jax.eval_shape(lambda: optim.init_state(init(), optimizer))
+    state = jax.tree.map(place, state, sharding.param_specs(state, rules, mesh))
+    tokens = place(jax.ShapeDtypeStruct((8, 128), jnp.int32), sharding.record_spec(mesh))
+    update, key = optim.dense(supervise, optimizer), jax.eval_shape(lambda: jax.random.key(0))
+    _, text = on_tpu(update.func, *update.args, state, tokens, None, key, mesh=mesh)
+    found = [
+        one.shapes[-1]
+        for computation in hlo.parse(text).computations.values()
+        for one in computation.instructions.values()
+        if one.opcode in ("all-gather", "all-gather-start")
+    ]
+    matrices = [shape.dtype for shape in found if shape.elements >= 256 * 128]
+    assert len(matrices) >= 7 and set(matrices) == {"bf16"}  # q, k, v, out, and three of the MLP, at least
 
 
 def _tiles(index: int):
