@@ -73,7 +73,7 @@ def language_experiment() -> ConfigDict:
         "student": {"path": "", "layers": 0},  # a Hugging Face directory; "": shipped, of `layers` random ones if not 0
         "compute": {  # of models from directories; parameters that are trained are float32 in any case
             "dtype": "float32",  # of products and of the cache; or bfloat16
-            "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
+            "remat": "",  # what the student's blocks keep for the backward pass: "" all; nothing; dots (docs/scale.md)
             "offload": False,  # True: moments and average wait in the host's memory between updates
             "sampling_copy": True,  # samplers read a copy that is whole over fsdp; False: gathered for every token
         },
@@ -175,6 +175,6 @@ OPENVLA = {
     "crop": 0.9,  # share of a picture that is left, in the middle
     "proprioception": False,
     "dtype": "float32",  # of products, or bfloat16; parameters that are trained are float32
-    "remat": False,  # True: blocks are computed again in the backward pass, and not kept
+    "remat": "",  # what blocks keep for the backward pass: "" all; or nothing, dots and so on (docs/scale.md)
     "sampling_copy": True,  # episodes read a copy that is whole over fsdp; False: gathered at every decision
 }

@@ -89,6 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "path": "", "released": False,  # a file of held-out records, where data is given, and that they may be used
         },
         "save_every": 8,
+        "offload": False,  # True: moments and average wait in the host's memory between updates
         "shipped": True,  # False: random models of the same shapes
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": common.mesh(),

@@ -85,6 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"prompts": 192, "steps": 20, "shift": 2.0, "double_shift": False, "seed": 1234},
         "save_every": 20,
+        "offload": False,  # True: moments and average wait in the host's memory between updates
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": common.mesh(),
     })  # fmt: skip
@@ -158,7 +159,7 @@ def _paper(config: ConfigDict) -> None:
         "resolution": 512,
         "guidance": 4.5,  # code: in sampling, student, teachers and evaluation; the paper does not state it
         "dtype": "bfloat16",  # of the transformer's products; code: float16
-        "remat": True,  # recompute each block in the backward pass
+        "remat": "nothing",  # blocks keep nothing for the backward pass, and are computed again; or "", dots and so on
         "embeddings": "embeddings",  # folder of what the text encoders make of the prompts; written at the first start
         "max_sequence_length": 128,  # tokens of T5, Flow-GRPO
         "encoders": {"dtype": "float32", "stored": "bfloat16", "device": "cpu", "batch_size": 16},  # they run in torch

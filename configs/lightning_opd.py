@@ -61,7 +61,7 @@ def _paper(config: ConfigDict) -> None:
     a server holds.
     """
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 4})  # ours, for 64 chips: docs/scale.md
-    config.compute.update({"dtype": "bfloat16", "remat": True})  # ours
+    config.compute.update({"dtype": "bfloat16", "remat": "nothing"})  # ours
     config.problems.update(
         {
             "path": "problems.jsonl",  # DAPO-Math-17k

@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "student": {"path": ""},  # a Hugging Face directory; "": the embedded world's
         "compute": {  # of models from directories; parameters that are trained are float32 in any case
             "dtype": "float32",  # of products and of the cache; or bfloat16
-            "remat": False,  # True: the student's blocks are computed again in the backward pass, and not kept
+            "remat": "",  # what the student's blocks keep for the backward pass: "" all; nothing; dots (docs/scale.md)
             "offload": False,  # True: moments and average wait in the host's memory between updates
             "sampling_copy": True,  # samplers read a copy that is whole over fsdp; False: gathered for every token
         },
@@ -151,7 +151,7 @@ def _paper(config: ConfigDict) -> None:
     Give `student.path`, `teachers.mathematics.path`, `teachers.code.path`, `problems.path` and `eval.path`. What
     neither states is marked as ours.
     """
-    config.compute.update({"dtype": "bfloat16", "remat": True})  # ours
+    config.compute.update({"dtype": "bfloat16", "remat": "nothing"})  # ours
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 4})  # ours, for 64 chips: docs/scale.md
     config.teachers = {name: dict(TEACHER) for name in ("mathematics", "code")}
     config.verifiers = {"mathematics": "maths"}

@@ -85,6 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         },
         "eval": {"episodes": 16, "seed": 1234},  # of each task, in scenes of the test split, the most probable bins
         "save_every": 10,
+        "offload": False,  # True: moments and average wait in the host's memory between updates
         "compile_quickly": False,  # True: little optimised, for runs that are mostly compilation
         "mesh": common.mesh(),
     })  # fmt: skip
@@ -167,7 +168,7 @@ def _paper(config: ConfigDict) -> None:
     config.student.update({
         "cameras": 1, "proprioception": False,  # SimpleVLA-RL
         "crop": 0.9,  # OpenVLA-OFT's evaluation
-        "dtype": "bfloat16", "remat": True,  # ours
+        "dtype": "bfloat16", "remat": "nothing",  # ours
     })  # fmt: skip
     config.sft.steps = 0  # the student's directory is already fine-tuned, on one demonstration of each task: VLA-OPD
     config.opd.update({

@@ -182,6 +182,7 @@ class Experiment:
             place=functools.partial(place, mesh=self.mesh),
             about=about,
             averaged=True,
+            offload=self.config.offload,
             save_every=self.config.save_every,
         )
 

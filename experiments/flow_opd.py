@@ -18,6 +18,7 @@ from opd_jax.losses import flow_opd as losses
 from opd_jax.losses import gaussians
 from opd_jax.models import lora
 from opd_jax.models.hf import load_lora
+from opd_jax.offload import offloaded
 from opd_jax.rewards import combination
 from opd_jax.rewards.remote import Scores
 
@@ -188,7 +189,7 @@ class Experiment:
         state = sharding.replicate(optim.init_state(adapter, optimizer), self.mesh)
         state, _ = loop.run(
             method,
-            state,
+            offloaded(state) if self.config.offload else state,
             batches,
             workdir=self.workdir,
             stage=stage,

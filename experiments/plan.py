@@ -59,6 +59,7 @@ class Priced(NamedTuple):
     cost: Cost
     roofline: Roofline
     compiled_in: float  # seconds
+    expected: float | None = None  # seconds of a run, by the compiler's own estimate
 
     def fits(self, available: float) -> bool:
         return self.needed <= available
@@ -81,15 +82,15 @@ def priced(step: Step, mesh, where: Topology) -> Priced:
     counted = cost.cost_of(text, step.trips, mesh.size)
     memory = cost.memory_of(compiled) if compiled else None
     line, needed = chips.roofline(counted, where.chip, step.float32), (needed or memory.peak) + step.held
-    done = Priced(step, memory, needed, counted, line, time.time() - began)
+    done = Priced(step, memory, needed, counted, line, time.time() - began, chips.expected(counted, where.chip))
     said = f"{needed / GIB:.2f} GiB, {line.seconds:.3g} seconds at least; compiled in {done.compiled_in:.0f}"
     print(f"{step.name}: {said}", file=sys.stderr, flush=True)
     return done
 
 
 def dumped(folder: Path) -> str:
-    """The optimised program in a folder of `xla_dump_to`; where buffers found no place, as it was before."""
-    for last in ("after_optimizations", "after_optimizations_before_buffer_assignment"):
+    """The program in a folder of `xla_dump_to`, with its cycles; where buffers found no place, as it was before."""
+    for last in ("after_codegen", "after_optimizations", "after_optimizations_before_buffer_assignment"):
         if found := sorted(folder.glob(f"*.{last}.txt"), key=lambda file: file.stat().st_size):
             return found[-1].read_text()
     raise FileNotFoundError(f"the compiler wrote no program to {folder}")
@@ -130,11 +131,12 @@ def memory_table(steps: list[Priced], where: Topology) -> str:
 
 
 def time_table(steps: list[Priced]) -> str:
-    """Counts of one device and one run of each step, and the least seconds it can take."""
+    """Counts of one device and one run of each step, the least seconds it can take, and what its compiler expects."""
     rows = []
     for one in steps:
         row = {"per device": one.step.name, "TFLOP": one.cost.flops / 1e12, "GB of HBM": one.cost.bytes / 1e9}
         row |= {"GB sent": one.cost.sent / 1e9, "seconds": one.roofline.seconds, "bound by": one.roofline.bound}
+        row |= {} if one.expected is None else {"XLA's estimate": one.expected}
         row |= {"a second": f"{one.step.count / one.roofline.seconds:.4g} {one.step.unit}", "times": one.step.times}
         rows.append({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
     return report.format_table(rows)
@@ -228,7 +230,7 @@ def search(config, where: Topology) -> bool:
                 break  # fewer parts read the parameters less often: the first that fits is the fastest
     found.sort(key=lambda row: row["hours"])
     rows = [row | {"hours": f"{row['hours']:.3g}"} for row in found]
-    remedy = "take more chips, shorter answers or --config.compute.remat=True"
+    remedy = "take more chips, shorter answers or --config.compute.remat=nothing"
     print(report.format_table(rows) if rows else f"nothing fits: {remedy}")
     return bool(found)
 

@@ -110,7 +110,7 @@ def steps(config, mesh, name: str) -> list[Step]:
 
     trained, start = _trained(student, recipe, places)
     update, optimizer = _update(trained, teacher, how, recipe, places)
-    state = places.state(start, optimizer)
+    state = places.state(start, optimizer, config.offload)
     frozen = 0 if start is student.params else bytes_of(student.params)  # an argument of sample and update
     batch = _batch(config, places, records)
     draw = functools.partial(

@@ -144,7 +144,7 @@ def _student(config, world: World, places: Places, recipe, batch, one) -> list[S
     method = flow_methods.opd_method(world, update, config, recipe)
     student = adapter_of(world, config, places, config.lora.rank * len(config.teachers))
     teachers = _teachers(config, world, places)
-    state, taught = places.state(student, optimizer), bytes_of(teachers)
+    state, taught = places.state(student, optimizer, config.offload), bytes_of(teachers)
     rollout = places.rows(result(method.sample, student, batch, KEY))
     labels = places.rows(result(method.label, teachers, rollout))
     resting = bytes_of(state) - bytes_of(student)
@@ -163,7 +163,7 @@ def _offline(config, world: World, places: Places, recipe, batch, one) -> list[S
     teachers = _teachers(config, world, places)
     method = flow_methods.offline_method(world, teachers[0], update, config, recipe)
     student = adapter_of(world, config, places, config.lora.rank * len(config.teachers))
-    state = places.state(student, optimizer)
+    state = places.state(student, optimizer, config.offload)
     rollout = places.rows(result(method.sample, None, batch, KEY))
     learn = lowering(update, state, rollout, rollout.velocity, KEY)
     return [
@@ -186,7 +186,7 @@ def _specialist(config, world: World, places: Places, recipe, batch, one) -> lis
     update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
     method = flow_methods.grpo_method(world, (), update, config, recipe, None)
     own = adapter_of(world, config, places, config.lora.rank)
-    state = places.state(own, optimizer)
+    state = places.state(own, optimizer, config.offload)
     rollout = places.rows(result(method.sample, own, batch, KEY))
     held = world.frozen + bytes_of(state)
     made = [one("sample", lowering(method.sample, own, batch, KEY), held)]  # the start, and the state but its params

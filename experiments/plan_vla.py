@@ -119,7 +119,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     supervise = vla_opd.grpo(acting) if by_success else vla_opd.supervise(policy_fn, recipe.objective, **temperatures)
     update, optimizer = vla_methods.update_of(supervise, recipe)
     params = setup.params(trained=True)
-    state, taught = places.state(params, optimizer), setup.params(trained=False)
+    state, taught = places.state(params, optimizer, config.offload), setup.params(trained=False)
     by_policy = not by_success and recipe.teacher != vla_methods.EXPERT
     begun = bytes_of(params) if setup.published else 0  # the student's first parameters, which the world keeps
     frozen = begun + (bytes_of(taught) if by_policy else 0)

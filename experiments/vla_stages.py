@@ -92,6 +92,7 @@ class Experiment:
             about=self.about,
             averaged=bool(recipe.ema_decay),
             save_every=self.config.save_every,
+            offload=self.config.offload,
             **run,
         )
 

@@ -26,19 +26,24 @@ class Chip(NamedTuple):
     memory: float  # bytes of HBM that a program may use
     bandwidth: float  # of HBM, bytes per second
     interconnect: float  # bytes per second that a chip sends to others, over all its links: half the two-way figure
+    clock: float | None = None  # cycles per second, by which a TPU's compiler's own estimate is in seconds
 
 
 CHIPS = {
     # docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e (2026); memory as XLA grants it, a little less than is built in.
-    "v5e": Chip("TPU v5e", 197e12, 197e12, 15.75 * GIB, 819e9, 200e9),
-    "v5p": Chip("TPU v5p", 459e12, 459e12, 95 * GIB, 2765e9, 600e9),
-    "v6e": Chip("TPU v6e", 918e12, 918e12, 31.25 * GIB, 1638e9, 400e9),
+    # Clocks: the peak over 2 FLOPs of each cell of the matrix units, 4 and 8 of 128 x 128, and of v6e 4 of 256 x 256.
+    "v5e": Chip("TPU v5e", 197e12, 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9),
+    "v5p": Chip("TPU v5p", 459e12, 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip("TPU v6e", 918e12, 918e12, 31.25 * GIB, 1638e9, 400e9, 1.75e9),
     # NVIDIA's data sheets of the SXM boards, without sparsity; memory less 6% that the driver and XLA leave unused.
     "a100": Chip("A100 80GB", 312e12, 156e12, 75e9, 2039e9, 300e9),
     "h100": Chip("H100 80GB", 989e12, 495e12, 75e9, 3350e9, 450e9),
     "h200": Chip("H200 141GB", 989e12, 495e12, 132e9, 4800e9, 450e9),
 }
 TPUS = ("v5e", "v5p", "v6e")
+# What the names of devices begin with, the longer first: jax's `device_kind`, and so torch's `get_device_name`.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+_KINDS |= {"NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
 
 class Topology(NamedTuple):
@@ -73,6 +78,20 @@ def roofline(cost: Cost, chip: Chip, float32: bool) -> Roofline:
     """
     peak = chip.flops_float32 if float32 else chip.flops
     return Roofline(cost.flops / peak, cost.bytes / chip.bandwidth, cost.sent / chip.interconnect)
+
+
+def expected(cost: Cost, chip: Chip) -> float | None:
+    """Seconds of a program by its compiler's own estimate of each operation's cycles; None where there is none.
+
+    It is no bound, in neither direction: operations are added as if none ran beside another, and what has no estimate,
+    transfers and collectives, counts nothing.
+    """
+    return cost.cycles / chip.clock if cost.cycles and chip.clock else None
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None where it is not among `CHIPS`, such as a CPU."""
+    return next((CHIPS[key] for start, key in _KINDS.items() if kind.startswith(start)), None)
 
 
 def parse(name: str) -> tuple[str, int]:

@@ -52,6 +52,7 @@ class Cost(NamedTuple):
     flops: float  # of matrix products and convolutions; 2 for a multiplication and an addition
     bytes: float  # read from and written to HBM by every operation that is not fused into another
     collectives: dict[str, Traffic]  # by kind, those that occur
+    cycles: float = 0.0  # that a TPU's compiler expects of the operations it has an estimate of; else 0
 
     @property
     def sent(self) -> float:
@@ -63,17 +64,18 @@ class _Count(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
     sends: dict[Any, tuple[str, float, float]] = {}  # noqa: RUF012  never changed; channel: kind, times, bytes
+    cycles: float = 0.0
 
     def times(self, n: int) -> "_Count":
         sends = {key: (kind, n * count, n * size) for key, (kind, count, size) in self.sends.items()}
-        return _Count(n * self.flops, n * self.bytes, sends)
+        return _Count(n * self.flops, n * self.bytes, sends, n * self.cycles)
 
     def plus(self, other: "_Count") -> "_Count":
         """Both. One channel is one collective, of which start, continuation and end may each be an instruction."""
         sends = dict(self.sends)
         for key, value in other.sends.items():
             sends[key] = max(sends.get(key, value), value, key=lambda one: one[2])
-        return _Count(self.flops + other.flops, self.bytes + other.bytes, sends)
+        return _Count(self.flops + other.flops, self.bytes + other.bytes, sends, self.cycles + other.cycles)
 
 
 def memory_of(compiled: Any) -> Memory:
@@ -94,8 +96,11 @@ def cost_of(text: str, trips: int = 1, devices: int = 1) -> Cost:
     FLOPs are those of matrix products. Bytes are an upper estimate of HBM traffic: what is fused, sliced or updated in
     place is counted as such, but no cache is assumed. A conditional counts as its dearest branch.
 
+    Cycles are those that a TPU's compiler writes beside an operation when it has made its code: the sum, as if nothing
+    ran beside anything else. It writes none for transfers, collectives, gathers, scatters and kernels of Pallas.
+
     Args:
-        text: `compiled.as_text()`.
+        text: `compiled.as_text()`; with cycles, what `xla_dump_to` writes as `after_codegen`.
         trips: how often loops run whose number is not in the program; the most tokens of an answer, of a sampler.
         devices: that a collective without groups spans.
 
@@ -110,7 +115,7 @@ def cost_of(text: str, trips: int = 1, devices: int = 1) -> Cost:
     for kind, count, size in whole.sends.values():
         old = kinds.get(kind, Traffic(0, 0))
         kinds[kind] = Traffic(old.count + count, old.bytes + size)
-    return Cost(whole.flops, whole.bytes, dict(sorted(kinds.items())))
+    return Cost(whole.flops, whole.bytes, dict(sorted(kinds.items())), whole.cycles)
 
 
 class _Counter:
@@ -123,7 +128,7 @@ class _Counter:
         computation, count = self.program.computations[name], _Count()
         for one in computation.instructions.values():
             own = self.own(computation, one)
-            count = count.plus(own._replace(bytes=0.0) if fused else own)
+            count = count.plus(own._replace(bytes=0.0, cycles=0.0) if fused else own)
         return count
 
     def own(self, computation: Computation, one: Instruction) -> _Count:
@@ -136,10 +141,11 @@ class _Counter:
             return max((self.total(name, False) for name in one.branches()), key=lambda c: (c.flops, c.bytes))
         if one.opcode == "fusion":
             callee = one.called("calls")
-            return self.total(callee, True)._replace(bytes=self.fusion_bytes(computation, one, callee))
+            size, cycles = self.fusion_bytes(computation, one, callee), _cycles(one)
+            return self.total(callee, True)._replace(bytes=size, cycles=cycles)
         if one.opcode in ("call", "async-start"):
             return self.total(one.called("to_apply") or one.called("calls"), False)
-        return _Count(_flops(one, operands), _bytes(one, operands), self.sends(one, operands))
+        return _Count(_flops(one, operands), _bytes(one, operands), self.sends(one, operands), _cycles(one))
 
     def sends(self, one: Instruction, operands) -> dict:
         kind = one.opcode.removesuffix("-start")
@@ -240,6 +246,11 @@ def _written(inside: Computation, part: Instruction, shape: Shape) -> float:
         what = inside.instructions[part.operands[_UPDATES[part.opcode]]]
         return _hbm([what.shapes[0]._replace(hbm=shape.hbm)])
     return 0.0 if part.opcode == "parameter" else _hbm([shape])
+
+
+def _cycles(one: Instruction) -> float:
+    found = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
+    return float(found[1]) if found else 0.0
 
 
 def _bytes(one: Instruction, operands) -> float:

@@ -21,6 +21,7 @@ from jax_privacy import clipping
 from jaxtyping import Array, Bool, Key
 
 from opd_jax import optim, sharding
+from opd_jax.offload import fetched, returned
 from opd_jax.types import Metrics, PyTree, Supervise, TrainState
 
 
@@ -55,7 +56,7 @@ def private(
 
     Returns: `update(state, rollout, labels, key) -> (state, metrics)`; `key` draws the noise and must be secret.
         Metrics: `noised_norm`, of the noised sum over `expected_batch`, and `noise_norm`, what it would be expected to
-        be of noise alone. `state` is donated.
+        be of noise alone. `state` is donated; what `offload.offloaded` has moved to the host's memory stays there.
     Raises: ValueError at tracing where the rows do not divide into records, or these into micro-batches.
     """
     settings = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "expected_batch": expected_batch}
@@ -67,9 +68,10 @@ def private(
             supervise, state.params, *rows, key, clip_norm, rollouts, micro_batch, is_padding(rollout)[::rollouts]
         )
         gradient, metrics = noised(total, jax.random.fold_in(key, 1), **settings)
-        change, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        change, opt_state = optimizer.update(gradient, fetched(state.opt_state), state.params)
         params = optax.apply_updates(state.params, change)
         ema = optim.averaged(state, params, ema_decay)
+        opt_state, ema = returned((opt_state, ema), (state.opt_state, state.ema))
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return Partial(update, supervise if isinstance(supervise, Partial) else Partial(supervise))

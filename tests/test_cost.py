@@ -1,5 +1,9 @@
 """What a compiled program costs: against counts by hand, loops as often as they run, collectives on eight devices."""
 
+import re
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax import chips, cost, hlo, optim, sharding
 from opd_jax.config import ConfigError
+from opd_jax.models import decoder
 from opd_jax.models.decoder import Decoder
 from opd_jax.types import Weighted
 
@@ -37,6 +42,81 @@ def forward(layers: int):
 def test_flops_of_a_decoder_are_those_counted_by_hand(layers):
     program, by_hand, _ = forward(layers)
     assert cost.cost_of(program.as_text()).flops == by_hand
+
+
+def layer_by_hand() -> tuple[int, int]:
+    """FLOPs of one layer's forward pass, and of its last product."""
+    w, m, heads, kv, d = (SIZES[name] for name in ("width", "mlp_width", "num_heads", "num_kv_heads", "head_dim"))
+    rows = RECORDS * TOKENS
+    kernels = w * (heads + 2 * kv) * d + heads * d * w + 3 * w * m
+    return 2 * rows * kernels + 2 * 2 * rows * TOKENS * heads * d, 2 * rows * w * m
+
+
+@pytest.mark.parametrize("remat", ["", "nothing"])
+def test_flops_of_a_decoders_update_are_those_counted_by_hand(remat):
+    """Backward twice the forward; with nothing kept, every layer once more but for its last product, twice in parts."""
+    layers, parts = 3, 2
+    module = Decoder(num_layers=layers, qk_norm=True, remat=remat, **SIZES)
+    tokens = jax.ShapeDtypeStruct((parts * RECORDS, TOKENS), jnp.int32)
+
+    def supervise(params, tokens, labels, key):
+        total = (module.apply({"params": params}, tokens) ** 2).sum((1, 2))
+        return Weighted(total, jnp.ones_like(total))
+
+    optimizer = optim.adamw(1e-3)
+    update = optim.dense(supervise, optimizer, micro_batches=parts)
+    init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = jax.eval_shape(lambda: optim.init_state(init(), optimizer))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = update.func.lower(*update.args, state, tokens, None, key).compile()
+    layer, last = layer_by_hand()
+    head = 2 * SIZES["width"] * SIZES["vocab_size"] * RECORDS * TOKENS
+    again = layers * (layer - last) if remat else 0
+    assert cost.cost_of(program.as_text()).flops == parts * (3 * (layers * layer + head) + again)
+    memory, count = cost.memory_of(program), sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    scalars = 8 * 4
+    assert memory.arguments == pytest.approx(4 * (4 * count + parts * RECORDS * TOKENS), abs=scalars)
+    assert memory.aliased == pytest.approx(4 * 4 * count, abs=scalars)  # parameters, two moments, the average: in place
+
+
+def test_flops_and_bytes_of_decoding_a_token_are_those_counted_by_hand():
+    """Of the cache every slot is attended to; kernels are read once, and so are both caches."""
+    layers, slots = 2, 32
+    module = Decoder(num_layers=layers, qk_norm=True, **SIZES)
+    one = jax.ShapeDtypeStruct((RECORDS, 1), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), one)["params"]
+    cache = jax.eval_shape(lambda: module.init_cache(RECORDS, slots))
+    decode = lambda params, tokens, positions, cache: module.apply(
+        {"params": params}, tokens, positions, cache, method="decode"
+    )
+    found = cost.cost_of(compiled(decode, params, one, one, cache, donate_argnums=3).as_text())
+    w, m, heads, kv, d = (SIZES[name] for name in ("width", "mlp_width", "num_heads", "num_kv_heads", "head_dim"))
+    kernels = layers * (w * (heads + 2 * kv) * d + heads * d * w + 3 * w * m) + w * SIZES["vocab_size"]
+    assert found.flops == 2 * RECORDS * kernels + layers * 2 * 2 * RECORDS * slots * heads * d
+    least = 4 * (kernels + 2 * layers * RECORDS * slots * kv * d)
+    assert least < found.bytes < 4 * least
+
+
+@pytest.mark.parametrize("layers", [4, 16])
+def test_the_peak_of_a_known_program_lies_between_counts_by_hand(layers):
+    """The gradient through `layers` of tanh(x W): of each its input is kept, and up to two arrays more for the tanh.
+
+    Where a layer is computed again its input alone is. A few arrays are of the running layer.
+    """
+    rows, width = 256, 64
+    x, stack = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, width), (layers, width, width)))
+    state, weights = 4 * rows * width, 4 * layers * width * width
+
+    def peak(layer, least, most):
+        loss = lambda stack, x: (jax.lax.scan(layer, x, stack)[0] ** 2).sum()
+        memory = cost.memory_of(compiled(jax.grad(loss), stack, x))
+        assert memory.arguments == state + weights and memory.output == weights
+        assert least * layers * state <= memory.temporary <= (most * layers + 6) * state
+        assert memory.peak == memory.arguments + memory.output + memory.temporary + memory.code
+
+    layer = lambda x, w: (jnp.tanh(x @ w), None)
+    peak(layer, 2, 3)
+    peak(jax.checkpoint(layer, prevent_cse=False), 1, 1)
 
 
 def test_memory_has_the_bytes_of_the_arguments():
@@ -254,6 +334,29 @@ def test_a_topology_that_is_none_is_refused_in_one_line(name):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_its_kind(kind, chip):
+    assert chips.of_device(kind) == (chip and chips.CHIPS[chip])
+
+
+def test_no_cycles_or_no_clock_is_no_estimate():
+    found = cost.Cost(1.0, 1.0, {}, 3e9)
+    assert chips.expected(found, chips.CHIPS["v5e"]) == 2.0
+    assert chips.expected(found._replace(cycles=0.0), chips.CHIPS["v5e"]) is None
+    assert chips.expected(found, chips.CHIPS["h100"]) is None
+
+
 def test_more_gpus_than_cpu_devices_are_refused():
     with pytest.raises(ConfigError, match="8 CPU devices stand for 16 GPUs"):
         chips.topology("h100:16")
@@ -288,6 +391,69 @@ def test_a_pallas_kernel_is_compiled_for_tpus_that_are_not_here():
     memory, found = cost.memory_of(program), cost.cost_of(text)
     assert memory.arguments == 2 * 2 * size**2 and memory.output == 4 * size**2
     assert found.flops == 0 and 0 < found.bytes <= memory.arguments + memory.output
+
+
+def on_tpu(function, *args):
+    """A program compiled for v5e chips, and its text with cycles."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        program = jax.jit(function).lower(*args).compile(compiler_options=options)
+        files = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda file: file.stat().st_size)
+        return program, files[-1].read_text()
+
+
+@pytest.mark.parametrize("layers", [4, 16])
+def test_a_tpus_program_is_counted_by_hand_and_its_cycles_as_often_as_they_run(layers):
+    pytest.importorskip("libtpu")
+    where, size = chips.topology("v5e:2x2"), 1024
+    place = jax.sharding.SingleDeviceSharding(where.devices[0])
+    x, stack = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in ((size, size), (layers, size, size))
+    )
+
+    def product(x, stack):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    program, text = on_tpu(product, x, stack)
+    found, memory = cost.cost_of(text), cost.memory_of(program)
+    assert found.flops == layers * 2 * size**3
+    assert memory.arguments == 2 * (1 + layers) * size**2 and memory.output == 2 * size**2
+    assert memory.temporary < 6 * 2 * size**2  # of the running layer alone
+    line, expected = chips.roofline(found, where.chip, False), chips.expected(found, where.chip)
+    assert line.bound == "compute" and line.seconds == pytest.approx(layers * 2 * size**3 / 197e12)
+    assert line.seconds < expected < 4 * line.seconds
+    assert expected / layers == pytest.approx(102.03e-6 / 4, rel=0.2)  # libtpu 0.0.52; one body, run `layers` times
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fsdp_gathers_parameters_in_the_type_of_the_products(dtype):
+    """Masters are float32; what devices send each other of them before a layer's turn is `dtype`.
+
+    Read from the program as it is when XLA has split it over devices, which all backends share: the CPU's compiler goes
+    on to make float32 of bfloat16, for it has no such products.
+    """
+    mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    rules, optimizer = decoder.partition_rules(mesh), optim.adamw(1e-3)
+    place = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    module = Decoder(num_layers=2, dtype=jnp.dtype(dtype), **SIZES)
+
+    def supervise(params, tokens, labels, key):
+        total = (module.apply({"params": params}, tokens) ** 2).sum((1, 2))
+        return Weighted(total, jnp.ones_like(total))
+
+    init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = jax.eval_shape(lambda: optim.init_state(init(), optimizer))
+    state = jax.tree.map(place, state, sharding.param_specs(state, rules, mesh))
+    tokens = place(jax.ShapeDtypeStruct((8, TOKENS), jnp.int32), sharding.record_spec(mesh))
+    update, key = optim.dense(supervise, optimizer), jax.eval_shape(lambda: jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        update.func.lower(*update.args, state, tokens, None, key).compile(compiler_options=options)
+        text = next(Path(folder).glob("*jit_update*after_spmd-partitioning*")).read_text()
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    kernels = {tuple(leaf.shape[-2:]) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2}
+    gathered = [kind for kind, dims in found if tuple(map(int, dims.split(",")))[-2:] in kernels]
+    assert len(gathered) >= 14 and set(gathered) == {{"bfloat16": "bf16", "float32": "f32"}[dtype]}  # forward, backward
 
 
 def _tiles(index: int):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_jax import dp_sgd, optim, sharding
+from opd_jax import dp_sgd, offload, optim, sharding
 from opd_jax.types import Weighted
 
 DIM, C = 6, 0.7
@@ -228,6 +228,22 @@ def test_eight_devices_give_what_one_gives():
     whole, _ = updated(rollout, labels, noise_multiplier=0.5, micro_batch=8)
     parts, _ = updated(*sharding.shard_batch((rollout, labels), mesh), noise_multiplier=0.5, micro_batch=8)
     chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_in_the_memory_of_the_host_change_nothing():
+    rollout, labels = rows(10, 4)
+    mesh, optimizer = sharding.make_mesh({"data": 8}), optim.adamw(0.1)
+    how = {"clip_norm": C, "noise_multiplier": 0.5, "expected_batch": 4.0, "is_padding": lambda rows: rows.group < 0}
+    update, ends = dp_sgd.private(squares, optimizer, ema_decay=0.5, **how), []
+    for move in (lambda state: state, offload.offloaded):
+        state = move(sharding.replicate(optim.init_state(params(), optimizer), mesh))
+        for step in range(2):
+            state, _ = update(state, rollout, labels, jax.random.key(step))
+        ends.append(state)
+    plain, away = ends
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((plain, away)))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((away.opt_state, away.ema)) if leaf.ndim}
+    assert kinds == {offload.HOST}
 
 
 def test_records_that_do_not_divide_are_refused():

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import sharding
 from opd_jax.models import attention
 from opd_jax.models.attention import Cache
+from opd_jax.models.remat import block_of
 from opd_jax.models.rope import Rope, rotate
 from opd_jax.sharding import Rules
 
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
     normalize_experts: bool = False  # weights of a token's experts sum to 1
     max_positions: int = 32_768  # for config.json; no limit here but to a dynamic rope
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of all
+    remat: bool | str = ""  # what blocks keep for the backward pass (`models.remat`); "": everything
     attention: str | None = None
 
     def setup(self):
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         if self.num_experts:
             choice = self.num_experts, self.experts_per_token, self.normalize_experts
             mlp = functools.partial(_Experts, self.mlp_width, *choice, dtype=self.dtype)
-        block = nn.remat(_Block, prevent_cse=False, static_argnums=(4,)) if self.remat else _Block
+        block = block_of(_Block, self.remat, prevent_cse=False, static_argnums=(4,))
         scan = {"variable_axes": {"params": 0, "lora": 0}, "split_rngs": {"params": True}}
         scan["in_axes"] = (0, nn.broadcast, nn.broadcast)
         self.embed_tokens = Embed(self.vocab_size, self.width)

@@ -22,6 +22,7 @@ from opd_jax import sharding
 from opd_jax.models import attention
 from opd_jax.models.attention import Cache
 from opd_jax.models.decoder import NORMAL, Embed, packing
+from opd_jax.models.remat import block_of
 from opd_jax.sharding import over_records, over_tokens, token_axis
 
 # Like `decoder.RULES`. The published vocabulary, 50257 tokens, does not split over a power of two and stays whole.
@@ -62,7 +63,7 @@ class GPT2(nn.Module):
     max_positions: int = 1024  # learned, one vector each
     norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of all
+    remat: bool | str = ""  # what blocks keep for the backward pass (`models.remat`); "": everything
     attention: str | None = None
 
     def setup(self):
@@ -73,7 +74,7 @@ class GPT2(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype, use_fast_variance=False)
         attend = functools.partial(_Attention, self.num_heads, dense, out, self.attention)
         mlp = functools.partial(_Mlp, self.mlp_width or 4 * self.width, dense, out)
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = block_of(_Block, self.remat, prevent_cse=False)
         scan = {"variable_axes": {"params": 0, "lora": 0}, "split_rngs": {"params": True}, "in_axes": (0, nn.broadcast)}
         self.embed_tokens = Embed(self.vocab_size, self.width)
         self.embed_positions = nn.Embed(self.max_positions, self.width, embedding_init=NORMAL)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from opd_jax import sharding
+from opd_jax.models.remat import block_of
 
 Tokens = Float[Array, "B T D"]
 XAVIER = nn.initializers.xavier_uniform()
@@ -58,7 +59,7 @@ class MMDiT(nn.Module):
     qk_norm: str | None = "rms_norm"  # None for SD3.0
     sample_size: int | None = None  # latent side at which position steps are 1; None: pos_embed_max_size * patch_size
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of all
+    remat: bool | str = ""  # what blocks keep for the backward pass (`models.remat`); "": everything
 
     @property
     def width(self) -> int:
@@ -84,7 +85,7 @@ class MMDiT(nn.Module):
         emb = _Embedder(self.width, self.dtype, nn.initializers.normal(0.02), name="timestep_embedder")(_sinusoid(t))
         emb = nn.silu(emb + _Embedder(self.width, self.dtype, name="text_embedder")(pooled))
 
-        block = nn.remat(_JointBlock) if self.remat else _JointBlock
+        block = block_of(_JointBlock, self.remat)
         for i in range(self.num_layers):
             dual, last = i in self.dual_attention_layers, i == self.num_layers - 1
             sizes = self.num_heads, self.head_dim, dual, last, self.qk_norm is not None, self.dtype

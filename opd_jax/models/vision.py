@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models.decoder import NORMAL
+from opd_jax.models.remat import block_of
 from opd_jax.models.rope import Rope, rotate
 from opd_jax.sharding import over_records
 
@@ -68,7 +69,7 @@ class VisionTower(nn.Module):
     config: Vision
     out_width: int  # of the language model
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = ""
 
     @nn.compact
     def __call__(
@@ -90,7 +91,7 @@ class VisionTower(nn.Module):
         embed = nn.Embed(config.num_positions, config.width, embedding_init=NORMAL, name="pos_embed")
         x += _stretched(embed.embedding, grid, place).astype(self.dtype)
 
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = block_of(_Block, self.remat, prevent_cse=False)
         scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
         blocks = nn.scan(block, length=config.num_layers, **scan)(config, dense, norm, name="blocks")
         x, inner = blocks(x, _context(config, grid, place))

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from opd_jax.models.decoder import NORMAL
+from opd_jax.models.remat import block_of
 from opd_jax.sharding import over_records
 
 # Like `decoder.RULES`: kernels that widen split their output over `tensor`, those that narrow their input.
@@ -55,7 +56,7 @@ class ViT(nn.Module):
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of all
+    remat: bool | str = ""  # what blocks keep for the backward pass (`models.remat`); "": everything
 
     @property
     def num_patches(self) -> int:
@@ -78,7 +79,7 @@ class ViT(nn.Module):
         prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])).astype(self.dtype) for token in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
 
-        block = nn.remat(_Block, prevent_cse=False, static_argnums=(2,)) if self.remat else _Block
+        block = block_of(_Block, self.remat, prevent_cse=False, static_argnums=(2,))
         scan = {"variable_axes": {"params": 0, "lora": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
         blocks = nn.scan(block, length=self.num_layers + 1 + self.feature_layer, **scan)
         sizes = self.mlp_width, self.num_heads, self.layer_scale, self.approximate_gelu

@@ -248,7 +248,7 @@ def test_flops_of_the_mmdits_update_are_those_counted_by_hand(monkeypatch):
     monkeypatch.setattr(plan_flow, "CLIP_TOKENS", text - 1)
     config = flow_opd.get_config("paper")
     with config.unlocked():
-        config.pipeline.update({"path": "tiny", "resolution": 8 * side, "remat": False, "max_sequence_length": 1})
+        config.pipeline.update({"path": "tiny", "resolution": 8 * side, "remat": "", "max_sequence_length": 1})
         config.pipeline.dtype = "float32"
         config.lora.rank, config.teachers = r, {"one": config.teachers.geneval}
         config.sampler.steps = 3
@@ -332,6 +332,8 @@ def test_the_last_program_of_a_dump_is_read(tmp_path):
     assert plan.dumped(tmp_path) == "before"
     (tmp_path / "m.after_optimizations.txt").write_text("last")
     assert plan.dumped(tmp_path) == "last"
+    (tmp_path / "m.after_codegen.txt").write_text("with cycles")
+    assert plan.dumped(tmp_path) == "with cycles"
 
 
 def test_search_lists_what_fits_by_time(capsys, monkeypatch):
