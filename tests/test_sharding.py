@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
-from opd_jax import sharding
+from opd_jax import optim, sharding
 from opd_jax.config import ConfigError
+from opd_jax.losses.linear_divergence import linear_divergence
+from opd_jax.models import decoder
+from opd_jax.models.decoder import Decoder
+from opd_jax.types import Weighted
 
 
 @pytest.fixture(autouse=True)
@@ -245,3 +254,38 @@ def test_a_new_state_lies_where_the_old_one_did():
     np.testing.assert_array_equal(alone["dense"]["bias"], moved)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), new)
     assert in_place.lower(1.0, shapes, x).compile().output_shardings[0]["dense"]["bias"].is_fully_replicated
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fsdp_gathers_parameters_in_the_type_of_the_products(dtype):
+    """Masters are float32; what devices send each other of them before a layer's turn is `dtype`.
+
+    Read from the program as it is when XLA has split it over devices, which all backends share: the CPU's compiler goes
+    on to make float32 of bfloat16, for it has no such products.
+    """
+    mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    rules, optimizer = decoder.partition_rules(mesh), optim.adamw(1e-3)
+    place = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    module = Decoder(64, 32, 48, 2, 4, 2, 8, dtype=jnp.dtype(dtype))
+
+    def supervise(head, params, tokens, labels, key):
+        hidden = module.apply({"params": params}, tokens, method="hidden")
+        total = linear_divergence(hidden, module.head(params), hidden, head).divergence.sum(1)
+        return Weighted(total, jnp.ones_like(total))
+
+    init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = jax.eval_shape(lambda: optim.init_state(init(), optimizer))
+    state = jax.tree.map(place, state, sharding.param_specs(state, rules, mesh))
+    tokens = place(jax.ShapeDtypeStruct((8, 16), jnp.int32), sharding.record_spec(mesh))
+    head = place(jax.ShapeDtypeStruct((32, 64), jnp.float32), PartitionSpec("fsdp"))
+    update, key = optim.dense(Partial(supervise, head), optimizer), jax.eval_shape(lambda: jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        update.func.lower(*update.args, state, tokens, None, key).compile(compiler_options=options)
+        text = next(Path(folder).glob("*jit_update*after_spmd-partitioning*")).read_text()
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    kernels = {
+        tuple(leaf.shape[-2:]) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2 or leaf.shape == (32, 64)
+    }
+    gathered = [kind for kind, dims in found if tuple(map(int, dims.split(",")))[-2:] in kernels]
+    assert len(gathered) >= 16 and set(gathered) == {{"bfloat16": "bf16", "float32": "f32"}[dtype]}  # the head too

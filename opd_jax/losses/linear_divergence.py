@@ -106,8 +106,8 @@ def linear_divergence(
 
     Args:
         student_hidden, teacher_hidden: after the final norm, any float type; widths may differ. Gradient to the
-            student's only. Products of one model are taken in the wider type of its hidden states and kernel, and
-            accumulated in float32.
+            student's only. Products of one model are taken in the type of its hidden states, as its own are, and
+            accumulated in float32: a float32 kernel beside bfloat16 states is rounded, its gradient's sum is not.
         student_head, teacher_head: kernel `[D, V]`, or a `Head`. Gradient to the student's, if `options.train_head`.
             The padded vocabularies may differ.
         divergence: one of `divergences.F_DIVERGENCES`.
@@ -247,9 +247,7 @@ def _over_blocks(static: _Static, body, carry):
 
 def _block(static: _Static, hidden: Hidden, head: Head, start: Int[Array, ""], size: int) -> _Block:
     options = static.options
-    dtype = jnp.promote_types(hidden.dtype, head.kernel.dtype)
-    kernel = jax.lax.dynamic_slice_in_dim(head.kernel, start, size, axis=1).astype(dtype)
-    hidden = hidden.astype(dtype)
+    kernel = jax.lax.dynamic_slice_in_dim(head.kernel, start, size, axis=1).astype(hidden.dtype)
     z = jnp.einsum("...d,dv->...v", hidden, kernel, precision=options.precision, preferred_element_type=jnp.float32)
     if head.bias is not None:
         bias = jax.lax.dynamic_slice_in_dim(head.bias, start, size).astype(jnp.float32)

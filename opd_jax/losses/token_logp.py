@@ -32,8 +32,8 @@ def token_logp(
         tokens: ids that the model knows, padding included.
         counted: which tokens are wanted; of a packed row no segment's first, which nothing predicts.
         segment_ids: of packed rows, handed to `apply_fn`; None: one record a row, padded on the right.
-        head_fn: `head_fn(params) -> [D, V]`; logits are then made `block` positions at a time and made again in the
-            backward pass, so that [B, S, V] is never held.
+        head_fn: `head_fn(params) -> [D, V]`, cast to the type of the states; logits, float32, are then made `block`
+            positions at a time and made again in the backward pass, so that [B, S, V] is never held.
         block: positions per piece, with `head_fn`.
     """
     counted = following(counted)
@@ -42,7 +42,7 @@ def token_logp(
     if head_fn is None:
         logp = _pick(out, targets, counted)
     else:
-        head = head_fn(params)
+        head = head_fn(params).astype(out.dtype)
         project = lambda h: jnp.einsum("bsd,dv->bsv", h, head, preferred_element_type=jnp.float32)
         pieces = [_pieces(a, block) for a in (out, targets, counted)]
         piece = jax.checkpoint(lambda xs: _pick(project(jnp.where(xs[2][..., None], xs[0], 0)), xs[1], xs[2]))

@@ -2,6 +2,7 @@
 """The fused linear divergence against float64 on full logits: values, gradients, memory, work, masks and meshes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,21 @@ def test_bfloat16_and_masked_nan():
     zeros = run("skewed_reverse_kl", options, *broken, tokens, jnp.zeros(6, bool), weights)
     for leaf in jax.tree.leaves(zeros):
         np.testing.assert_array_equal(leaf.astype(jnp.float32), 0.0)
+
+
+def test_a_float32_kernel_beside_bfloat16_states_is_multiplied_in_bfloat16():
+    """The master's gradient is float32, and that of the rounded kernel before it is rounded itself."""
+    (x, head), (y, other), *_ = problem(tokens=(9,), columns=(40, 40))
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    total = lambda x, head: linear_divergence(x, head, y, other, options=Options(block=16)).divergence.sum()
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    products = re.findall(r"dot_general .*: \((\S+), (\S+)\) -> (\S+)", gradient.lower(x, head).as_text())
+    assert len(products) >= 6  # both models forward, and again backward, and the two gradients
+    assert all(left.endswith("bf16>") and right.endswith("bf16>") for left, right, _ in products)
+    by_hidden, by_head = gradient(x, head)
+    assert by_hidden.dtype == jnp.bfloat16 and by_head.kernel.dtype == jnp.float32
+    rounded = gradient(x, head._replace(kernel=head.kernel.astype(jnp.bfloat16)))[1].kernel
+    np.testing.assert_array_equal(by_head.kernel.astype(jnp.bfloat16), rounded)
 
 
 def test_equal_models_give_exactly_zero():
