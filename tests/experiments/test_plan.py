@@ -350,7 +350,7 @@ def test_search_compiles_real_programs_and_says_what_it_leaves_out(capsys):
     assert "7 programs compiled, of at most 7" in said
 
 
-def test_search_takes_the_fewest_parts_that_fit(monkeypatch):
+def test_search_takes_the_fewest_parts_that_fit(capsys, monkeypatch):
     config = tiny("online", {"data": -1})
 
     def steps(config, mesh, name):
@@ -367,6 +367,8 @@ def test_search_takes_the_fewest_parts_that_fit(monkeypatch):
 
     monkeypatch.setattr(plan_language, "steps", steps)
     monkeypatch.setattr(plan, "priced", counted)
+    assert not plan.search(config, cpus(2, memory=1.0), 60, 0.0)
+    assert "nothing fits of what was tried" in capsys.readouterr().out
     found = plan.Search(config, cpus(2), 60)
     found.try_all()
     assert [(*(a for a in sharding.AXES if row[a] > 1), row["micro_batches"], row["hours"]) for row in found.rows] == [
