@@ -9,7 +9,8 @@
 | `flow_opd` on a pipeline | the student's adapter alone, for that pipeline |
 | `vla` on a directory of OpenVLA | such a directory, with its tokenizer and statistics |
 
-Nothing is trained and nothing of a run is changed; OUT appears whole or not at all.
+Nothing is trained and nothing of a run is changed; OUT appears whole or not at all. No parameter goes to a device: each
+is read from its file, merged and written on the host, one at a time.
 """
 
 import json
@@ -20,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from configs import domains_models, dp_models
 from experiments import domains, reasoning_models, reasoning_stores, scenes, stages
 from opd_jax import config as config_lib
-from opd_jax.checkpoint import load_params
+from opd_jax.checkpoint import open_params
 from opd_jax.config import ConfigError, write_atomic
 from opd_jax.models import lora
 from opd_jax.models.decoder import Decoder
@@ -72,7 +73,7 @@ def of_directory(path: str) -> Source:
     load, save = {"gpt2": (load_gpt2, save_gpt2), "qwen3_vl": (load_vlm, save_vlm)}.get(
         kind, (load_decoder, save_decoder)
     )
-    module, params = load(path, dtype=jnp.float32)
+    module, params = load(path, dtype=np.float32, lazy=True)
     return Source(module, lambda: params, save, like=path)
 
 
@@ -88,24 +89,19 @@ def of_world(config) -> Source:
         return Source(
             module, _shipped("functions_student"), save_decoder, save_tokenizer=functions_world.save_tokenizer
         )
-    module, params = reasoning_stores.world_model("student", config.student)
-    return Source(module, lambda: params, save_decoder, save_tokenizer=reasoning_world.save_tokenizer)
+    module = reasoning_stores.world_module("student", config.student)
+    return Source(module, _shipped("reasoning_student"), save_decoder, save_tokenizer=reasoning_world.save_tokenizer)
 
 
 def _shipped(name: str) -> Callable[[], Any]:
-    return lambda: shipped(stages.SHIPPED / f"{name}.safetensors")
-
-
-def shipped(path: Path) -> Any:
-    """Parameters as experiments take them: in float32."""
-    return jax.tree.map(jnp.asarray, reasoning_models.load(path).params)
+    return lambda: reasoning_models.load(stages.SHIPPED / f"{name}.safetensors").params
 
 
 def write_language(config, params, out: Path, found: dict[str, Path]) -> str:
     """A Hugging Face directory; returns the library that reads it."""
     source, adapter = language_source(config), is_adapter(params)
     if adapter:
-        params = lora.merge(source.base(), params, config.opd.lora_scale)
+        params = lora.merge_lazily(source.base(), params, config.opd.lora_scale)
     source.save(source.module, params, out, **({"like": source.like} if source.like else {}))
     if source.save_tokenizer:
         source.save_tokenizer(out)
@@ -121,7 +117,7 @@ def write_flow(config, params, out: Path, found: dict[str, Path]) -> str:
     module, adapter = scenes.module(config), is_adapter(params)
     backbone = params
     if adapter:
-        backbone = shipped(found.get("random_base", stages.SHIPPED / "scenes_base.safetensors"))
+        backbone = reasoning_models.load(found.get("random_base", stages.SHIPPED / "scenes_base.safetensors")).params
     save_mmdit(module, backbone, out / "transformer")
     if adapter:
         save_lora(module, params, config.lora.scale, out, base="transformer")
@@ -131,7 +127,7 @@ def write_flow(config, params, out: Path, found: dict[str, Path]) -> str:
 def write_vla(config, params, out: Path, found: dict[str, Path]) -> str:
     """A student that began with a directory of OpenVLA."""
     path = Path(config.student.path).expanduser()
-    model = load_openvla(path, horizon=config.policy.horizon, ignore_head=True, dtype=jnp.float32)
+    model = load_openvla(path, horizon=config.policy.horizon, ignore_head=True, dtype=np.float32, lazy=True)
     save_openvla(model._replace(params=params), out, like=path)
     return "transformers"
 
@@ -169,7 +165,7 @@ def main_stage(workdir: Path, found: dict[str, Path]) -> str:
         raise ConfigError(f"{workdir}: has not finished; give --stage, of {', '.join(found) or 'which there are none'}")
     wanted = json.loads((workdir / "summary.json").read_text())["params_sha256"]
     for name, path in found.items():
-        if load_params(path)[1].get("params_sha256") == wanted:
+        if open_params(path)[1].get("params_sha256") == wanted:
             return name
     raise ConfigError(f"{workdir}: its main model is no stage of its own; give --stage, of {', '.join(found)}")
 
@@ -193,13 +189,32 @@ def card(config, workdir: Path, stage: str, about: dict, library: str) -> str:
     if rows:
         lines += ["", "## What was measured", ""]
         lines += [f"* {title}: " + ", ".join(f"{key} {value}" for key, value in row.items()) for title, row in rows]
-    if any("epsilon" in row for _, row in rows):
-        lines += ["", "Epsilon is that of the run's ledger, for the private records, at its `delta`."]
+    if spent := privacy_of(config, about, rows):
+        lines += ["", "## Private records", "", *spent]
     for title, part in {"Teachers and start": taught, "Data": asked}.items():
         if part:
             lines += ["", f"## {title}", "", "```json", json.dumps(part, indent=2), "```"]
     lines += ["", "All settings are in `opd_jax_config.json`.", ""]
     return "\n".join(lines)
+
+
+def privacy_of(config, about: dict, rows: list[tuple[str, dict]]) -> list[str]:
+    """What was spent of the private records: all that an arm has, as its row says, else what its stage alone has."""
+    row = next((row for _, row in rows if "epsilon" in row), about)
+    epsilon, delta = row.get("epsilon"), config.privacy.delta if row is not about else about.get("delta")
+    if epsilon is None:
+        return []
+    if epsilon == "none":
+        return ["No epsilon bounds what it tells of them: it has learnt from them without noise."]
+    if not epsilon:
+        return ["It has not learnt from them: epsilon 0."]
+    lines = [
+        f"Epsilon {epsilon:g} at delta {delta:g}, by the accountant `{config.privacy.accountant}`, where no other "
+        "model of them is published: epsilons add up. Held-out records, which figures come from, are not protected."
+    ]
+    if config.privacy.test_seed >= 0:
+        lines += ["", "NOT PRIVATE: noise and batches come from `privacy.test_seed`, which anybody can read."]
+    return lines
 
 
 def rows_of(workdir: Path, stage: str) -> list[tuple[str, dict]]:
@@ -228,8 +243,13 @@ def export(workdir: Path, out: Path, stage: str | None = None) -> str:
     stage = stage or main_stage(workdir, found)
     if stage not in found:
         raise ConfigError(f"--stage={stage}: not made; there are {', '.join(found) or 'none'}")
-    params, about = load_params(found[stage])
-    params = jax.tree.map(jnp.asarray, params)
+    params, about = open_params(found[stage])
+    if is_adapter(params):
+        params = jax.tree.map(np.asarray, params)
+        if stage.startswith("private_teacher"):
+            raise ConfigError(
+                f"--stage={stage}: an adapter of the teacher, whose base this run has not; give a student's"
+            )
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -14,6 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: TPUs are compiled for by na
 
 import importlib
 import importlib.metadata
+import itertools
+import math
 import re
 import sys
 import tempfile
@@ -37,8 +39,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to plan for, such as v5p:4x4x4, v6e:2x2 or h100:8.")
 _STUDENT = flags.DEFINE_string("student", "", "A public name, such as qwen3-8b, or a directory; default the config's.")
 _TEACHER = flags.DEFINE_string("teacher", "", "As --student.")
-_SEARCH = flags.DEFINE_bool("search", False, "Try meshes and micro_batches, and list those that fit by time.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes and micro_batches; list those that fit, by time.")
 _STEPS = flags.DEFINE_list("steps", [], "Names of steps to plan alone, such as label,update; a run's hours are theirs.")
+_PROGRAMS = flags.DEFINE_integer("programs", 60, "Programs that --search compiles at most.", lower_bound=1)
 _PRICE = flags.DEFINE_float("price", 0.0, "Dollars per chip and hour.")
 
 PLANS = {  # by a config's experiment
@@ -161,8 +164,10 @@ def summary(steps: list[Priced], devices: int, price: float) -> str:
     learned = last.count * last.times
     line = f"whole run: {total:.3g} hours at least, {learned / (3600 * total):,.3g} {last.unit} learnt from per second"
     if price:
-        dollars = total * devices * price
-        line += f"; {dollars:,.0f} dollars, {learned / dollars:,.3g} {last.unit} per dollar"
+        an_hour = devices * price
+        dollars = total * an_hour
+        line += f"; {an_hour:,.2f} dollars an hour for {devices} chips, {dollars:,.0f} for the run"
+        line += f", {learned / dollars:,.3g} {last.unit} per dollar"
     return line
 
 
@@ -188,51 +193,102 @@ def plan_run(config, where: Topology) -> bool:
 def heading(plan: Plan, config, mesh, where: Topology) -> list[str]:
     sizes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     lines = [f"{len(where.devices)} x {where.chip.name}, mesh {sizes}", *plan.heading(config, mesh)]
+    return [*lines, *provenance(plan, where)]
+
+
+def provenance(plan: Plan, where: Topology) -> list[str]:
     compiler = "libtpu" if where.exact else "jaxlib"
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", compiler))
-    lines += [f"not planned: {plan.NOT_PLANNED}", f"{', '.join(versions)}; {time.strftime('%d %B %Y')}"]
+    lines = [f"not planned: {plan.NOT_PLANNED}", f"{', '.join(versions)}; {time.strftime('%d %B %Y')}"]
     if not where.exact:
         lines.append("AN ESTIMATE: compiled for CPUs in place of GPUs; temporaries and bytes differ, FLOPs do not")
     return lines
 
 
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
 def meshes(config, plan: Plan, where: Topology) -> list[dict[str, int]]:
-    """To try: records over some devices, and each layer over the others where the experiment splits layers."""
-    devices = len(where.devices)
-    records = "fsdp" if config.mesh.get("fsdp", 1) != 1 else "data"
-    inner = [n for n in range(1, devices + 1) if devices % n == 0] if plan.SPLITS else [1]
-    return [{records: devices // n, "tensor": n} for n in inner]
+    """To try: all ways to lay the devices along the axes that split something of the experiment, the simplest first."""
+    axes, count = plan.axes(config), len(where.devices)
+    sizes = [n for n in range(count, 0, -1) if count % n == 0]
+    shapes = (dict(zip(axes, shape)) for shape in itertools.product(sizes, repeat=len(axes)))
+    simple = lambda shape: (sum(n > 1 for n in shape.values()), shape.get("sequence", 1) * shape.get("tensor", 1))
+    return sorted((shape for shape in shapes if math.prod(shape.values()) == count), key=simple)
 
 
-def search(config, where: Topology) -> bool:
-    """Prints the meshes and micro_batches that fit, fastest first; whether there is one."""
-    found, chip, plan = [], where.chip.memory, plan_of(config)
-    for shape in meshes(config, plan, where):
+def along(shape: dict[str, int]) -> str:
+    """`data=2 x tensor=4`."""
+    return " x ".join(f"{name}={size}" for name, size in shape.items() if size > 1) or "one device"
+
+
+class Search:
+    """What a search has found, and of what it has not, why."""
+
+    def __init__(self, config, where: Topology, programs: int):
+        self.config, self.where, self.plan = config, where, plan_of(config)
+        self.left, self.rows, self.others = programs, [], {}
+
+    def compiled(self, step: Step, mesh) -> Priced | None:
+        """None: no more are to be compiled."""
+        if not self.left:
+            return None
+        self.left -= 1
+        return priced(step, mesh, self.where)
+
+    def try_all(self) -> None:
+        for shape in meshes(self.config, self.plan, self.where):
+            for name in self.plan.names(self.config):
+                found = self.tried(shape, name)
+                if isinstance(found, str):
+                    self.others.setdefault(found, []).append(f"{name} on {along(shape)}")
+                else:
+                    self.rows.append({"arm": name} | shape | found)
+        self.rows.sort(key=lambda row: row["hours"])
+
+    def tried(self, shape: dict[str, int], name: str) -> dict | str:
+        """The fewest micro_batches that fit, for they read the parameters least often; or why there are none."""
+        memory, plan, why = self.where.chip.memory, self.plan, ""
         try:
-            mesh = sharding.make_mesh(shape, where.devices)
-        except ConfigError:  # the sides of the torus are others
-            continue
-        for name in plan.names(config):
-            for parts in plan.parts(config, name) or [1]:
-                plan.with_parts(config, name, parts)
-                try:
-                    steps = plan.steps(config, mesh, name)
-                except ConfigError:
-                    break  # more parts are smaller, and divide no better
-                done = [priced(step, mesh, where) for step in steps[-1:]]
-                if not done[0].fits(chip):
-                    continue
-                done = [*(priced(step, mesh, where) for step in steps[:-1]), *done]
-                if all(one.fits(chip) for one in done):
+            mesh = sharding.make_mesh(shape, self.where.devices)
+            for parts in plan.parts(self.config, name) or [1]:
+                plan.with_parts(self.config, name, parts)
+                *before, update = plan.steps(self.config, mesh, name)
+                done = []
+                for step in (update, *before):
+                    if (one := self.compiled(step, mesh)) is None:
+                        return "not tried, --programs are spent"
+                    done.append(one)
+                    if not one.fits(memory):
+                        why = f"do not fit: {one.step.name}, with up to {parts} micro_batches"
+                        break
+                if done[-1].fits(memory):
                     peak = max(one.needed for one in done) / GIB
-                    row = {"arm": name} | shape | {"micro_batches": parts}
-                    found.append(row | {"peak GiB": round(peak, 2), "hours": hours(done)})
-                break  # fewer parts read the parameters less often: the first that fits is the fastest
-    found.sort(key=lambda row: row["hours"])
-    rows = [row | {"hours": f"{row['hours']:.3g}"} for row in found]
+                    return {"micro_batches": parts, "peak GiB": round(peak, 2), "hours": hours(done)}
+                if len(done) > 1:  # what the parts of an update do not change
+                    return f"do not fit: {one.step.name}"
+        except ConfigError as error:  # more parts are smaller, and divide no better
+            return why or f"refused: {error}"
+        return why
+
+
+def search(config, where: Topology, programs: int, price: float) -> bool:
+    """Prints the meshes and micro_batches that fit, fastest first, and the others; whether there is one that does."""
+    found = Search(config, where, programs)
+    print("\n".join([f"{len(where.devices)} x {where.chip.name}", *provenance(found.plan, where)]), flush=True)
+    found.try_all()
+    an_hour = len(where.devices) * price
+    rows = [row | {"hours": f"{row['hours']:.3g}"} for row in found.rows]
+    if price:
+        rows = [row | {"dollars": f"{one['hours'] * an_hour:,.0f}"} for row, one in zip(rows, found.rows)]
     remedy = "take more chips, shorter answers or --config.compute.remat=nothing"
-    print(report.format_table(rows) if rows else f"nothing fits: {remedy}")
-    return bool(found)
+    print(report.format_table(rows) if rows else f"nothing fits of what was tried: {remedy}")
+    if price:
+        print(f"{an_hour:,.2f} dollars an hour for {len(where.devices)} chips")
+    for why, which in found.others.items():
+        print(f"{why}: {'; '.join(which)}")
+    print(f"{programs - found.left} programs compiled, of at most {programs}")
+    return bool(rows)
 
 
 def checked(config, topology: str | None):
@@ -261,7 +317,9 @@ def main(argv) -> None:
     if kind not in chips.TPUS:
         jax.config.update("jax_num_cpu_devices", count)
     where = chips.topology(_TOPOLOGY.value)
-    sys.exit(0 if (search if _SEARCH.value else plan_run)(config, where) else 1)
+    if _SEARCH.value:
+        sys.exit(0 if search(config, where, _PROGRAMS.value, _PRICE.value) else 1)
+    sys.exit(0 if plan_run(config, where) else 1)
 
 
 if __name__ == "__main__":

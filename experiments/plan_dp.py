@@ -13,13 +13,12 @@ from configs import dp_models as models_config
 from experiments import dp_methods, dp_records, dp_stages, language, plan_models, plan_steps
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result, shapes_of
 from experiments.reasoning_stages import arm_recipe, sampling_params
-from opd_jax import privacy
+from opd_jax import privacy, sharding
 from opd_jax.models import decoder, gpt2, lora
 from opd_jax.models.decoder import Decoder, partition_rules
 from opd_jax.privacy import Mechanism
 from opd_jax.worlds import functions
 
-SPLITS = True
 NOT_PLANNED = "perplexities; texts that a private teacher writes"
 RECORDS = 150_000  # private ones, where the file is not here: those of BigPatent that the baselines learn from
 
@@ -53,6 +52,10 @@ def count_of(config) -> int:
     if path.is_file():
         return sum(bool(line.strip()) for line in path.read_text().splitlines())
     return RECORDS if config.data else len(functions.private_records()[: config.records or None])
+
+
+def axes(config) -> tuple[str, ...]:
+    return tuple(sharding.AXES)
 
 
 def names(config) -> list[str]:
@@ -104,6 +107,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     records = rows_of(config, mesh, recipe)
     parts = records // recipe.micro_batch if recipe.private else recipe.micro_batches
     plan_steps.check_parts(mesh, name, records, parts)
+    plan_steps.check_tokens(mesh, name, config.tokens, "tokens")
     longest = config.tokens - config.prompt_tokens
     how = sampling_params(config.sampler, longest, (0,), 0)
     one = functools.partial(Step, count=records * recipe.rollouts, unit="texts", float32=True, times=recipe.steps)

@@ -17,7 +17,6 @@ from opd_jax.models.decoder import partition_rules
 from opd_jax.models.mmdit import RULES, MMDiT
 from opd_jax.worlds import scenes as embedded
 
-SPLITS = False
 NOT_PLANNED = "the base; SFT of specialists; text encoders, whose results are stored; judges; evaluation"
 CLIP_TOKENS = 77
 
@@ -82,6 +81,10 @@ def world_of(config, places: Places) -> World:
 def adapter_of(world: World, config, places: Places, rank: int):
     new = functools.partial(lora.init, pattern=config.lora.pattern, rank=rank)
     return places.whole(jax.eval_shape(new, KEY, world.backbone))
+
+
+def axes(config) -> tuple[str, ...]:
+    return "data", "fsdp"
 
 
 def names(config) -> list[str]:

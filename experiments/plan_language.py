@@ -11,11 +11,11 @@ from configs import reasoning_models
 from experiments import language, plan_models, plan_steps, token_methods
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result, shapes_of
 from experiments.reasoning_stages import arm_recipe, sampling_params
+from opd_jax import sharding
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models.decoder import Decoder, partition_rules
 
-SPLITS = True
 NOT_PLANNED = "SFT before the arms; the refilling of slots, in whose place whole batches of as many are answered"
 METHODS = ("online", "lightning", "off_policy", "grpo", "sft")
 SAMPLED = ("online", "grpo")  # at every step
@@ -55,6 +55,10 @@ def setup_of(config, mesh) -> Setup:
     parts = {"student": config.student, "teacher": config.teachers.own}
     modules = (plan_models.decoder_of(part.path, f"--{name}") for name, part in parts.items())
     return Setup(config, mesh, *modules, shipped=False)
+
+
+def axes(config) -> tuple[str, ...]:
+    return tuple(sharding.AXES)
 
 
 def names(config) -> list[str]:
@@ -98,6 +102,7 @@ def steps(config, mesh, name: str) -> list[Step]:
         raise plan_steps.unknown(name, recipe.method, METHODS)
     plan_steps.check_parts(mesh, name, records(config, name), recipe.micro_batches, recipe.batch_size)
     setup = setup_of(config, mesh)
+    plan_steps.check_tokens(mesh, name, setup.room + setup.longest, "problems.prompt_tokens + sampler.max_new_tokens")
     if recipe.method == "lightning":
         return _offline(setup, recipe)
     return _stepwise(setup, recipe, records(config, name))

@@ -39,9 +39,9 @@ class Plan(Protocol):
     Raises: ConfigError: in each of them, for what cannot be planned.
     """
 
-    SPLITS: bool  # whether the experiment splits layers over `tensor`, so that a search tries such meshes
     NOT_PLANNED: str  # what of an arm is not among its steps, under the heading of a plan
 
+    def axes(self, config: Any) -> tuple[str, ...]: ...  # of `sharding.AXES`, that split its work: what a search tries
     def names(self, config: Any) -> list[str]: ...  # what can be planned: arms, and stages of their own
     def steps(self, config: Any, mesh: Mesh, name: str) -> list[Step]: ...  # of one of them, the update last
     def heading(self, config: Any, mesh: Mesh) -> list[str]: ...  # models and sizes, a line each
@@ -140,6 +140,12 @@ def check_parts(mesh: Mesh, name: str, records: int, parts: int, prompts: int | 
     wrong = "" if prompts is None else sharding.uneven(prompts, mesh, "prompts")
     wrong = wrong or sharding.uneven_parts(records, parts, mesh)
     if wrong:
+        raise ConfigError(f"arm {name}: {wrong}")
+
+
+def check_tokens(mesh: Mesh, name: str, tokens: int, what: str) -> None:
+    """Raises: ConfigError: the tokens of a record do not split over the devices of `sequence`."""
+    if wrong := sharding.uneven_tokens(tokens, mesh, what):
         raise ConfigError(f"arm {name}: {wrong}")
 
 

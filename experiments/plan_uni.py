@@ -11,12 +11,12 @@ from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from experiments.uni_methods import Judged
 from experiments.uni_setup import Model
+from opd_jax import sharding
 from opd_jax.models import vlm
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.images import ImageBank
 from opd_jax.models.vlm import VLM
 
-SPLITS = True
 NOT_PLANNED = "how often the student solves a problem; verifiers; margins, which are sums over a batch; evaluation"
 METHODS = ("uni_opd",)
 
@@ -70,6 +70,13 @@ class Setup:
         return {task: self.teacher(name) for task, name in pairs if not served(name)}
 
 
+def axes(config) -> tuple[str, ...]:
+    """Models that read pictures keep rows whole."""
+    path = config.student.path
+    pictured = not config.problems.path or isinstance(plan_models.language_model_of(path, "--student"), VLM)
+    return tuple(axis for axis in sharding.AXES if axis != "sequence" or not pictured)
+
+
 def names(config) -> list[str]:
     return list(config.arms)
 
@@ -111,6 +118,7 @@ def steps(config, mesh, name: str) -> list[Step]:
         raise plan_steps.unknown(name, recipe.method, METHODS)
     plan_steps.check_parts(mesh, name, count, recipe.micro_batches, recipe.batch_size)
     setup, (room, longest) = Setup(config, mesh), _lengths(config)
+    plan_steps.check_tokens(mesh, name, room + longest, "prompt and sampler.max_new_tokens")
     places, student, taught = setup.places, setup.student, setup.teachers(recipe.setting)
     exact = recipe.divergence != "sampled"
     how = sampling_params(config.sampler, longest, (0,), 0)

@@ -16,7 +16,6 @@ from opd_jax.models.vla import Observation
 from opd_jax.types import ActionLabels, EpisodeRollout
 from opd_jax.worlds import libero, tabletop
 
-SPLITS = True
 NOT_PLANNED = "the simulator, on the host or on the devices, and a scripted expert in it; SFT; evaluation"
 METHODS = ("opd", "grpo")
 WORDS = 48  # room of an instruction in OpenVLA's prompt; a run takes that of its longest
@@ -75,6 +74,10 @@ class Setup:
             "libero": lambda: max(libero.HORIZONS[suite] for suite in config.suites),
         }[config.world]()
         return -(-longest // config.policy.executed)
+
+
+def axes(config) -> tuple[str, ...]:
+    return "data", "fsdp", "tensor"
 
 
 def names(config) -> list[str]:

@@ -46,17 +46,22 @@ def served_teacher(name: str, part, known: Teacher | None, prompt: np.ndarray) -
     return Teacher(name, fingerprint({"url": part.url, "model": part.served_model}), None, None, server)
 
 
+def world_module(name: str, part) -> Decoder:
+    """Of a shipped model of the reasoning world, or with as many layers as `part.layers` says."""
+    models = models_config.get_config().models
+    if name not in models:
+        raise ConfigError(f"teachers.{name}: no model of that name is shipped; choose own or other, or give a path")
+    module = Decoder(**models[name].model)
+    return module.clone(num_layers=part.layers) if part.layers else module
+
+
 def world_model(name: str, part) -> tuple[Decoder, PyTree]:
     """A shipped model of the reasoning world; a random one of another size where `part.layers` says so."""
-    config = models_config.get_config()
-    if name not in config.models:
-        raise ConfigError(f"teachers.{name}: no model of that name is shipped; choose own or other, or give a path")
-    module = Decoder(**config.models[name].model)
+    module = world_module(name, part)
     if part.layers:
-        module = module.clone(num_layers=part.layers)
         return module, jax.jit(module.init)(rng.stream(0, name), jnp.zeros((1, 1), jnp.int32))["params"]
     path = stages.SHIPPED / f"reasoning_{name}.safetensors"
-    return module, reasoning_models.load(path, reasoning_models.recipes(config)[name]).params
+    return module, reasoning_models.load(path, reasoning_models.recipes(models_config.get_config())[name]).params
 
 
 def logp_by(teacher: Teacher, rollout, workdir: Path, slots: int, mesh) -> np.ndarray:

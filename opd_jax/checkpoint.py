@@ -2,10 +2,9 @@
 """State on disk: a run's checkpoints (Orbax) and parameter trees that travel between runs (safetensors)."""
 
 import base64
+import contextlib
 import hashlib
-import itertools
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from opd_jax import hosts
-from opd_jax.config import ConfigError, to_json, write_atomic
+from opd_jax.config import ConfigError, to_json
+from opd_jax.tensors import Lazy, dtype_of, write_tensors
 from opd_jax.types import PyTree
 
 
@@ -192,30 +192,9 @@ def save_params(path: str | os.PathLike, tree: Mapping[str, Any], metadata: Mapp
     Raises:
         ValueError: as `flatten_params`, or a data type that such a file cannot hold.
     """
-    size = lambda leaf: math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
     leaves = sorted(_named(tree), key=lambda pair: -np.dtype(pair[1].dtype).itemsize)  # aligned, and else by name
-    ends = list(itertools.accumulate((size(leaf) for _, leaf in leaves), initial=0))
     about = {"metadata": json.dumps(to_json(metadata or {}), sort_keys=True)}
-    header: dict[str, Any] = {"__metadata__": about}
-    for (name, leaf), offsets in zip(leaves, itertools.pairwise(ends)):
-        header[name] = {"dtype": _code(name, leaf.dtype), "shape": list(np.shape(leaf)), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    pieces = (_whole(leaf).tobytes() for _, leaf in leaves)
-    if not hosts.first():
-        for _ in pieces:  # what the first process asks for, all do
-            pass
-    return write_atomic(path, itertools.chain([len(text).to_bytes(8, "little"), text], pieces))
-
-
-def _code(name: str, dtype: Any) -> str:
-    """What safetensors calls a data type."""
-    dtype = np.dtype(dtype)
-    if dtype.kind in "fiu":
-        return f"{dtype.kind.upper()}{8 * dtype.itemsize}"
-    if dtype.name not in ("bool", "bfloat16"):
-        raise ValueError(f"parameters: {name} is {dtype.name}, which safetensors does not hold; convert it")
-    return {"bool": "BOOL", "bfloat16": "BF16"}[dtype.name]
+    return write_tensors(path, leaves, (_whole(leaf) for _, leaf in leaves), about)
 
 
 def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -226,15 +205,37 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     Raises:
         ConfigError: the file is missing, truncated or no safetensors file.
     """
+    flat, about = _open(path)
+    with _readable(path):
+        return unflatten_params({name: np.asarray(leaf) for name, leaf in flat.items()}), about
+
+
+def open_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `load_params`, with nothing read but the header: every leaf is a `tensors.Lazy` of the file."""
+    flat, about = _open(path)
+    return unflatten_params(flat), about
+
+
+def _open(path: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, Any]]:
+    with _readable(path):
+        file = safetensors.safe_open(os.fspath(path), framework="numpy")
+        flat, about = {name: _leaf(file, name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return flat, json.loads(about["metadata"]) if "metadata" in about else about
+
+
+def _leaf(file: Any, name: str) -> Lazy:
+    part = file.get_slice(name)
+    return Lazy(tuple(part.get_shape()), dtype_of(part.get_dtype()), lambda: file.get_tensor(name))
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[None]:
     try:
-        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
-            about = file.metadata() or {}
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        yield
     except FileNotFoundError as error:
         raise ConfigError(f"no parameters at {path}; check the path, or run the stage that writes them") from error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ConfigError(f"cannot read parameters from {path} ({error}); delete it and write it again") from error
-    return unflatten_params(flat), json.loads(about["metadata"]) if "metadata" in about else about
 
 
 def params_sha256(tree: Mapping[str, Any]) -> str:

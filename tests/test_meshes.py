@@ -305,7 +305,7 @@ def test_no_matrix_is_ever_whole_on_a_device(tmp_path, monkeypatch):
     save_decoder(LARGE, params, tmp_path / "model")
     mesh, read, written = sharding.make_mesh(PARTS), [], []
     monkeypatch.setattr(stacks, "read_stack", watched(stacks.read_stack, read))
-    monkeypatch.setattr(stacks, "save_file", watched(stacks.save_file, written))
+    monkeypatch.setattr(stacks, "_on_host", watched(stacks._on_host, written))
     module, loaded = load_decoder(tmp_path / "model", mesh=mesh)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert len(read) > 40 and max(read) == largest // 8, "the host holds one device's part of one parameter"

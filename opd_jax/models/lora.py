@@ -10,6 +10,7 @@ under one scan (`init`'s `scanned`): then its factors have that dimension too, `
 The paper starts `a` Gaussian and `b` zero, so a new adapter changes nothing; so does `init`.
 """
 
+import functools
 import re
 import zlib
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key
 
-Adapter = dict[str, dict[str, Array]]
+from opd_jax.tensors import Lazy
+
+Adapter = dict[str, dict[str, Array | np.ndarray]]
 Params = Any
 
 
@@ -69,6 +72,25 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
     for path, update in delta(adapter).items():
         weight = _adapted(flat, path, adapter)
         flat[path] = (weight + scale * update.reshape(weight.shape)).astype(weight.dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def merge_lazily(params: Params, adapter: Adapter, scale: float) -> Params:
+    """`merge` on the host, for who writes the result: what is adapted is a `tensors.Lazy`, as `params` may be too.
+
+    Raises: as `merge`.
+    """
+    flat = flatten_dict(params, sep="/")
+
+    def merged(weight: Any, a: Any, b: Any) -> np.ndarray:
+        update = np.matmul(np.asarray(a), np.asarray(b), dtype=np.float32).reshape(weight.shape)
+        update *= scale
+        update += np.asarray(weight)
+        return update.astype(weight.dtype, copy=False)
+
+    for path, factors in adapter.items():
+        weight = _adapted(flat, path, adapter)
+        flat[path] = Lazy(weight.shape, weight.dtype, functools.partial(merged, weight, **factors))
     return unflatten_dict(flat, sep="/")
 
 
@@ -206,7 +228,7 @@ def _stack(adapters: Sequence[Adapter]) -> dict[str, tuple[Array, Array, np.ndar
     return stacked
 
 
-def _adapted(flat: dict[str, Array], path: str, adapter: Adapter) -> Array:
+def _adapted(flat: dict[str, Any], path: str, adapter: Adapter) -> Any:
     """The parameter at `path`, which must fit the adapter."""
     if path not in flat:
         raise ValueError(f"the adapter's {path} is not a parameter; paths look like {sorted(flat)[:3]}")

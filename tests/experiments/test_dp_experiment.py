@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from configs import dp_models, dp_opd
-from experiments import dp, dp_methods, dp_records, dp_stages, reasoning_models, stages
+from experiments import dp, dp_methods, dp_records, dp_stages, export, reasoning_models, stages
 from experiments import dp_models as pretraining
 from experiments.dp_records import Texts
+from opd_jax import config as config_lib
 from opd_jax import privacy, report, rng
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
@@ -100,6 +101,14 @@ def test_from_files_to_a_private_model_and_nothing_private_is_left_behind(mine, 
         "what is not is a release"
     )
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path, "public_only_seed0"))
+    config_lib.save(tmp_path / "config.json", config)
+    (tmp_path / "versions.json").write_text(json.dumps([config_lib.versions()]))
+    assert export.export(tmp_path, tmp_path / "exported") == "dp_opd_seed0"
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Epsilon 2 at delta 0.0001, by the accountant `pld`" in card and "epsilon 2.0, private" in card
+    assert "NOT PRIVATE" not in card
+    export.export(tmp_path, tmp_path / "public", "public_only_seed0")
+    assert "has not learnt from them: epsilon 0" in (tmp_path / "public" / "README.md").read_text()
     secret = (tmp_path / "secret").read_bytes()
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
     for path in (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "secret"):

@@ -96,7 +96,10 @@ def test_an_online_arm_fits_or_does_not(capsys):
     few = [one._replace(needed=2.0) for one in found.values()]
     assert not any(one.fits(1.0) for one in few)
     assert plan.hours(few) == pytest.approx(sum(one.roofline.seconds * 2 for one in few) / 3600)
-    assert "dollars" in plan.summary(few, 2, 3.0)
+    dollars = 6 * plan.hours(few)
+    tokens = few[-1].step.count * few[-1].step.times
+    for words in ("6.00 dollars an hour for 2 chips", f"{tokens / dollars:,.3g} tokens per dollar"):
+        assert words in plan.summary(few, 2, 3.0)
 
 
 def test_an_offline_arm_has_a_store_to_write():
@@ -336,35 +339,60 @@ def test_the_last_program_of_a_dump_is_read(tmp_path):
     assert plan.dumped(tmp_path) == "with cycles"
 
 
-def test_search_lists_what_fits_by_time(capsys, monkeypatch):
+def test_search_compiles_real_programs_and_says_what_it_leaves_out(capsys):
     where, config = cpus(2), tiny("online", {"data": -1})
+    assert plan.search(config, where, 7, 3.0)
+    said = capsys.readouterr().out
+    assert "AN ESTIMATE" in said and "6.00 dollars an hour for 2 chips" in said
+    lines = [line for line in said.splitlines() if line.startswith("| online")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert sorted(row[1:5] for row in rows) == [["1", "2", "1", "1"], ["2", "1", "1", "1"]]
+    assert [row[7] for row in rows] == sorted((row[7] for row in rows), key=float), "the fastest first"
+    assert "not tried, --programs are spent: online on sequence=2; online on tensor=2" in said
+    assert "7 programs compiled, of at most 7" in said
+
+
+def test_search_takes_the_fewest_parts_that_fit(capsys, monkeypatch):
+    config = tiny("online", {"data": -1})
 
     def steps(config, mesh, name):
         parts = config.arms[name].micro_batches
-        if mesh.shape.get("data", 1) == 1 and parts > 2:
-            raise ConfigError("no")
-        return [(mesh.shape.get("data", 1), parts)]
+        if dict(mesh.shape).get("sequence", 1) > 1:
+            raise ConfigError("tokens do not split")
+        return [(name, mesh.shape, parts) for name in ("sample", "update")]
 
     def counted(step, mesh, where):
-        data, parts = step
-        needed, line = 1.5e9 / parts / data, chips.Roofline(parts / data, 0.0, 0.0)
-        one = plan_steps.Step("update", None, 0, 3600, 1, "tokens", True)
-        return plan.Priced(one, None, needed, cost.Cost(0.0, 0.0, {}), line, 0.0)
+        name, shape, parts = step
+        needed = 0.6e9 if name == "sample" else 1.5e9 / parts / shape.get("data", 1) if "fsdp" not in shape else 2e9
+        one = plan_steps.Step(name, None, 0, 3600, 1, "tokens", True)
+        return plan.Priced(one, None, needed, cost.Cost(0.0, 0.0, {}), chips.Roofline(1.0 * parts, 0.0, 0.0), 0.0)
 
     monkeypatch.setattr(plan_language, "steps", steps)
     monkeypatch.setattr(plan, "priced", counted)
-    assert plan.search(config, where)
-    rows = [line.split("|")[2:7] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["2", "1", "1", "0.700", "0.5"],
-        ["1", "2", "2", "0.700", "2"],
+    assert not plan.search(config, cpus(2, memory=1.0), 60, 0.0)
+    assert "nothing fits of what was tried" in capsys.readouterr().out
+    found = plan.Search(config, cpus(2), 60)
+    found.try_all()
+    assert [(*(a for a in sharding.AXES if row[a] > 1), row["micro_batches"], row["hours"]) for row in found.rows] == [
+        ("data", 1, 2.0),
+        ("tensor", 2, 4.0),
     ]
+    most = max(plan_language.parts(config, "online"))
+    assert found.others == {
+        f"do not fit: update, with up to {most} micro_batches": ["online on fsdp=2"],
+        "refused: tokens do not split": ["online on sequence=2"],
+    }
 
 
-def test_search_tries_no_mesh_that_an_experiment_cannot_use():
-    config = tiny("flow_opd", {"data": 2}, flow_opd)
-    assert len(plan.meshes(config, plan_flow, cpus(4))) == 1
-    assert len(plan.meshes(config, plan_language, cpus(4))) == 3
+def test_search_tries_the_axes_that_an_experiment_splits_by_the_simplest_first():
+    count = lambda module, only, plan_of: len(plan.meshes(tiny(only, {"data": 2}, module), plan_of, cpus(8)))
+    assert count(flow_opd, "flow_opd", plan_flow) == 4
+    assert count(vla_opd, "vla_opd", plan_vla) == 10
+    assert count(uni_opd, "sampled", plan_uni) == 10, "its student reads pictures, whose rows are whole"
+    assert count(lightning_opd, "online", plan_language) == 20
+    shapes = plan.meshes(tiny("online", {"data": 2}), plan_language, cpus(8))
+    first = ["data=8", "fsdp=8", "sequence=8", "tensor=8", "data=4 x fsdp=2"]
+    assert [plan.along(shape) for shape in shapes[:5]] == first
 
 
 def planned(module, only, **arm):
@@ -382,6 +410,7 @@ def planned(module, only, **arm):
         (lambda: planned(vla_opd, "sft_many"), "method 'sft' cannot be planned yet"),
         (lambda: planned(lightning_opd, "online", micro_batches=4), "micro-batch=1: does not split over 2 devices"),
         (lambda: planned(uni_opd, "sampled", batch_size=7), "prompts=7: does not split over 2 devices"),
+        (lambda: odd_tokens(), "problems.prompt_tokens + sampler.max_new_tokens=31: does not split over 2 devices"),
         (lambda: plan.checked(domains_models.get_config("tiny"), "h100:2"), "has no plan"),
         (lambda: plan.checked(opd.get_config("tiny"), None), "no --topology"),
         (lambda: plan_models.named(flow_opd.get_config("tiny"), "tiny", "qwen3-8b", ""), "no such model"),
@@ -394,11 +423,28 @@ def test_mistakes_are_told_in_one_line(wrong, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def odd_tokens():
+    config = tiny("online", {"sequence": 2})
+    with config.unlocked():
+        config.problems.prompt_tokens, config.sampler.max_new_tokens = 20, 11
+    return plan_language.steps(config, mesh_of(config, cpus(2)), "online")
+
+
 def without_names():
     config = tiny("online", {"data": 2})
     with config.unlocked():
         config.problems.path = "problems.jsonl"
     return config
+
+
+@pytest.mark.parametrize(("teacher", "code"), [("qwen3-0.6b", 0), ("qwen3-32b", 1)])
+def test_the_command_ends_with_0_if_all_fits_and_1_if_not(teacher, code):
+    flags = ["--config=configs/lightning_opd.py:tiny", "--config.only=('online',)", "--topology=h100:1"]
+    flags += ["--steps=label", "--student=qwen3-0.6b", f"--teacher={teacher}"]
+    done = subprocess.run([sys.executable, "experiments/plan.py", *flags], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| label"))
+    assert row.split("|")[-2].strip() == ("NO" if code else "yes")
 
 
 def test_the_command_ends_with_2_after_a_mistake():

@@ -12,8 +12,9 @@ from jax.tree_util import Partial
 from tiny_sd3 import make_pipeline
 
 from opd_jax.config import ConfigError
+from opd_jax.models import lora
 from opd_jax.models.autoencoder import latents_to_images
-from opd_jax.models.hf import load_autoencoder, load_mmdit, load_shift, text_embeddings
+from opd_jax.models.hf import load_autoencoder, load_mmdit, load_shift, save_lora, text_embeddings
 from opd_jax.sampling import flow
 
 
@@ -47,32 +48,66 @@ def test_other_time_grids_are_refused(tmp_path):
             load_shift(tmp_path)
 
 
-def test_pictures_are_those_of_diffusers(tmp_path):
-    """From a directory alone: stored embeddings, guidance, the ODE's steps, the autoencoder."""
-    prompts, length, guidance, steps = ["a red cat", "two blurred cats, blue."], 12, 4.5, 10
-    peer = make_pipeline(tmp_path / "sd3")
-    noise = np.random.default_rng(0).standard_normal((2, 4, 6, 4)).astype(np.float32)
-    sizes = {"height": 16, "width": 24, "num_inference_steps": steps, "max_sequence_length": length}
-    latents = torch.tensor(noise).permute(0, 3, 1, 2)
-    expected = peer(prompts, guidance_scale=guidance, latents=latents, output_type="np", **sizes).images
+class Both:
+    """Diffusers' pipeline, and ours from its directory alone: embeddings, guidance, the ODE's steps, the autoencoder.
 
-    settings = text_embeddings.Settings(length, dtype="float32")
-    stored = text_embeddings.write(tmp_path / "embeddings", tmp_path / "sd3", prompts, settings)
-    transformer, params = load_mmdit(tmp_path / "sd3" / "transformer")
-    autoencoder, autoencoder_params = load_autoencoder(tmp_path / "sd3" / "vae")
-    times = flow.time_grid(steps, load_shift(tmp_path / "sd3" / "scheduler"), double_shift=True)
-    velocity_fn = Partial(lambda params, x, t, c: transformer.apply({"params": params}, x, t, c.context, c.pooled))
+    Each draws the same two pictures from the same noise.
+    """
 
-    velocity_fn = flow.guided(velocity_fn, stored.null, guidance)
+    def __init__(self, folder):
+        self.prompts, self.length, self.guidance, self.steps = ["a red cat", "two blurred cats, blue."], 12, 4.5, 10
+        self.peer = make_pipeline(folder / "sd3")
+        self.noise = np.random.default_rng(0).standard_normal((2, 4, 6, 4)).astype(np.float32)
+        settings = text_embeddings.Settings(self.length, dtype="float32")
+        stored = text_embeddings.write(folder / "embeddings", folder / "sd3", self.prompts, settings)
+        self.condition = jax.tree.map(jnp.asarray, stored.rows([0, 1]))
+        self.transformer, self.params = load_mmdit(folder / "sd3" / "transformer")
+        autoencoder, self.autoencoder_params = load_autoencoder(folder / "sd3" / "vae")
+        times = flow.time_grid(self.steps, load_shift(folder / "sd3" / "scheduler"), double_shift=True)
+        apply = self.transformer.apply
+        velocity_fn = Partial(lambda params, x, t, c: apply({"params": params}, x, t, c.context, c.pooled))
+        velocity_fn = flow.guided(velocity_fn, stored.null, self.guidance)
 
-    @jax.jit
-    def pictures(params, autoencoder_params, condition, noise):
-        keys = jax.random.split(jax.random.key(0), len(noise))
-        latents = flow.generate(velocity_fn, params, condition, keys, noise.shape[1:], times, x_init=noise)
-        return latents_to_images(autoencoder, autoencoder_params, latents, micro_batches=2)
+        @jax.jit
+        def pictures(params, autoencoder_params, condition, noise):
+            keys = jax.random.split(jax.random.key(0), len(noise))
+            latents = flow.generate(velocity_fn, params, condition, keys, noise.shape[1:], times, x_init=noise)
+            return latents_to_images(autoencoder, autoencoder_params, latents, micro_batches=2)
 
-    condition = jax.tree.map(jnp.asarray, stored.rows([0, 1]))
-    actual = pictures(params, autoencoder_params, condition, jnp.asarray(noise))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)  # measured: 2e-6
+        self.pictures = pictures
+
+    def ours(self, params):
+        return self.pictures(params, self.autoencoder_params, self.condition, jnp.asarray(self.noise))
+
+    def theirs(self):
+        sizes = {"height": 16, "width": 24, "num_inference_steps": self.steps, "max_sequence_length": self.length}
+        latents = torch.tensor(self.noise).permute(0, 3, 1, 2)
+        return self.peer(self.prompts, guidance_scale=self.guidance, latents=latents, output_type="np", **sizes).images
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return Both(tmp_path_factory.mktemp("pipeline"))
+
+
+def test_pictures_are_those_of_diffusers(both):
+    expected = both.theirs()
+    np.testing.assert_allclose(both.ours(both.params), expected, rtol=0, atol=1e-3)  # measured: 2e-6
     assert expected.std() > 0.05
     assert ((expected > 0) & (expected < 1)).mean() > 0.5
+
+
+def test_the_whole_pipeline_wears_an_adapter_of_ours(both, tmp_path):
+    """`load_lora_weights` of the directory, as its documentation says; pictures are of the merged parameters."""
+    adapter = lora.init(jax.random.key(1), both.params, r"attn\d?/(to|add)_\w+/kernel$", 2)
+    adapter = jax.tree.map(lambda factor: factor + 0.1, adapter)
+    save_lora(both.transformer, adapter, 2.0, tmp_path / "lora")
+    before = both.theirs()
+    both.peer.load_lora_weights(tmp_path / "lora")
+    try:
+        worn = both.theirs()
+    finally:
+        both.peer.unload_lora_weights()
+    np.testing.assert_allclose(both.ours(lora.merge(both.params, adapter, 2.0)), worn, rtol=0, atol=1e-3)
+    assert np.abs(worn - before).mean() > 0.02 < worn.std()
+    np.testing.assert_array_equal(both.theirs(), before)

@@ -27,13 +27,16 @@ FAMILIES = {
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def load_decoder(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[Decoder, Params]:
+def load_decoder(
+    directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, lazy: bool = False
+) -> tuple[Decoder, Params]:
     """The module a transformers directory describes, and its parameters, in the memory that `load_params` needs.
 
     Args:
       directory: a local directory, such as a snapshot of Qwen/Qwen3-8B.
       dtype: data type of the parameters; None keeps the stored one.
       mesh: parameters are split over its axes `fsdp` and `tensor` by `decoder.RULES`; None: the default device.
+      lazy: parameters go to no device; each is a `tensors.Lazy`, which reads the files when a writer asks for it.
 
     Returns:
       `(module, params)`; the module computes in float32, or as `module.clone(dtype=...)` says.
@@ -45,7 +48,7 @@ def load_decoder(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None 
     """
     directory = Path(directory)
     module = _module(directory / "config.json")
-    return module, load_params(directory, _layout(module), RULES, dtype=dtype, mesh=mesh)
+    return module, load_params(directory, _layout(module), RULES, dtype=dtype, mesh=mesh, lazy=lazy)
 
 
 def save_decoder(
@@ -61,7 +64,7 @@ def save_decoder(
     All is written beside the directory and renamed: a killed run leaves the whole directory or none.
 
     Args:
-      params: on any devices; one parameter and one file of the result at a time are on the host.
+      params: on any devices, or `tensors.Lazy`; one parameter at a time is on the host.
       directory: new, or empty.
       max_shard_bytes: a larger model is split into several files.
       like: the directory of a model with the same tokenizer, whose tokenizer files, generation settings and ids of

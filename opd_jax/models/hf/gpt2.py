@@ -49,13 +49,16 @@ ONLY = {
 }
 
 
-def load_gpt2(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[GPT2, Params]:
+def load_gpt2(
+    directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, lazy: bool = False
+) -> tuple[GPT2, Params]:
     """The module a transformers directory describes, and its parameters, in the memory that `load_params` needs.
 
     Args:
       directory: a local directory, such as a snapshot of openai-community/gpt2 or distilbert/distilgpt2.
       dtype: data type of the parameters; None keeps the stored one.
       mesh: parameters are split over its axes `fsdp` and `tensor` by `gpt2.RULES`; None: the default device.
+      lazy: parameters go to no device; each is a `tensors.Lazy`, which reads the files when a writer asks for it.
 
     Returns:
       `(module, params)`; the module computes in float32, or as `module.clone(dtype=...)` says. The config's dropout is
@@ -72,7 +75,7 @@ def load_gpt2(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = N
     layout = _layout(module, PREFIX if any(name.startswith(PREFIX) for name in files.names) else "")
     check_tensors(directory, layout, files)
     where = places(_leaves(layout.shapes, "weight", "kernel"), RULES, mesh).values()
-    params = {path: read_placed(files, layout, path, dtype, place) for path, place in zip(layout.shapes, where)}
+    params = {path: read_placed(files, layout, path, dtype, place, lazy) for path, place in zip(layout.shapes, where)}
     return module, unflatten_dict(_leaves(params, "weight", "kernel"), sep="/")
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
-from safetensors.numpy import save_file
 
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf.tensor_files import TensorFiles, read_json
 from opd_jax.models.mmdit import RULES, MMDiT
 from opd_jax.sharding import param_specs, put
+from opd_jax.tensors import write_tensors
 
 Params = dict[str, Any]
 
@@ -107,11 +107,11 @@ def save_mmdit(module: MMDiT, params: Params, directory: str | Path) -> None:
     config["sample_size"] = module.sample_size or module.pos_embed_max_size * module.patch_size
     config = {"_class_name": CLASS_NAME, **config, "caption_projection_dim": module.width}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {
-        diffusers_name(path): np.ascontiguousarray(_to_torch(np.asarray(leaf), path, module))
-        for path, leaf in flat.items()
-    }
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    paths = sorted(flat, key=lambda path: -flat[path].dtype.itemsize)  # aligned
+    stored = lambda path: _stored_shape(path, flat[path].shape, module)
+    leaves = [(diffusers_name(path), jax.ShapeDtypeStruct(stored(path), flat[path].dtype)) for path in paths]
+    tensors = (_to_torch(np.asarray(flat[path]), path, module) for path in paths)
+    write_tensors(directory / WEIGHTS, leaves, tensors, {"format": "pt"})
 
 
 def mmdit_of(directory: str | Path) -> MMDiT:
@@ -157,7 +157,7 @@ def diffusers_name(path: str) -> str:
 
 
 def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDiT, name: str) -> np.ndarray:
-    stored = _to_torch(np.broadcast_to(tensor.dtype.type(0), shape), path, module).shape
+    stored = _stored_shape(path, shape, module)
     if tensor.shape != stored:
         raise ValueError(f"{name} has shape {tensor.shape}; the config says {stored}")
     if path == "patch_embed/kernel":
@@ -165,6 +165,10 @@ def _to_flax(tensor: np.ndarray, path: str, shape: tuple[int, ...], module: MMDi
     elif path.endswith("/kernel"):
         tensor = tensor.T
     return tensor
+
+
+def _stored_shape(path: str, shape: tuple[int, ...], module: MMDiT) -> tuple[int, ...]:
+    return _to_torch(np.broadcast_to(np.float32(0), shape), path, module).shape
 
 
 def _to_torch(leaf: np.ndarray, path: str, module: MMDiT) -> np.ndarray:

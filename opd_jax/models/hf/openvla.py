@@ -91,6 +91,7 @@ def load_openvla(
     ignore_head: bool = False,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    lazy: bool = False,
 ) -> OpenVla:
     """The policy that a directory holds, in the memory that `stacks.load_params` needs.
 
@@ -105,6 +106,8 @@ def load_openvla(
         logits of its tokens are not trained, but training can begin there.
       dtype: data type of the parameters; None keeps the stored one.
       mesh: parameters are split over its axes `fsdp` and `tensor` by `vla.RULES`; None: the default device.
+      lazy: parameters go to no device; each is a `tensors.Lazy`, which reads the files when a writer asks for it, or a
+        small numpy array.
 
     Returns:
       The policy; it computes in float32, or as `vla.with_fields(module, dtype=...)` says.
@@ -136,10 +139,10 @@ def load_openvla(
             unused[path.removeprefix("unused/")] = read_stack(files, layout, path, dtype)
         elif path in layout.convolutions:
             kernel = by_pixel(read_stack(files, layout, path, dtype), layout.convolutions[path])
-            params |= _placed({path: kernel}, mesh)
+            params |= _placed({path: kernel}, mesh, lazy)
         else:
-            params[path] = read_placed(files, layout, path, dtype, where[path])
-    params |= _placed(read_proprioception(directory, module.language_model.width, dtype), mesh)
+            params[path] = read_placed(files, layout, path, dtype, where[path], lazy)
+    params |= _placed(read_proprioception(directory, module.language_model.width, dtype), mesh, lazy)
     return OpenVla(
         module,
         unflatten_dict(params, sep="/"),
@@ -163,7 +166,7 @@ def save_openvla(
     All is written beside the directory and renamed: a killed run leaves the whole directory or none.
 
     Args:
-      model: of `load_openvla`, with any parameters of its module; on any devices, one tensor and one shard at a time
+      model: of `load_openvla`, with any parameters of its module; on any devices, or `tensors.Lazy`: one at a time
         comes to the host.
       directory: new, or empty.
       max_shard_bytes: a larger model is split into several files.
@@ -350,6 +353,8 @@ def _is_unused(path: str) -> bool:
     return path.startswith("unused/")
 
 
-def _placed(stacks: Params, mesh: Mesh | None) -> Params:
-    """On their devices."""
+def _placed(stacks: Params, mesh: Mesh | None, lazy: bool) -> Params:
+    """On their devices; `lazy`: where they are."""
+    if lazy:
+        return stacks
     return shard_params(stacks, mesh, partition_rules(mesh, RULES)) if mesh else jax.tree.map(jnp.asarray, stacks)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
-from safetensors.numpy import save_file
 
 from opd_jax.config import ConfigError, write_atomic
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf.tensor_files import TensorFiles, read_json
 from opd_jax.sharding import Rules, param_specs, put_parts
+from opd_jax.tensors import Lazy, write_tensors
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 def load_params(
-    directory: Path, layout: Layout, rules: Rules, *, dtype: Any = None, mesh: Mesh | None = None
+    directory: Path, layout: Layout, rules: Rules, *, dtype: Any = None, mesh: Mesh | None = None, lazy: bool = False
 ) -> Params:
     """The parameters of a directory.
 
@@ -68,6 +68,7 @@ def load_params(
     Args:
       rules: the place of parameters on `mesh`, without which they go to the default device.
       dtype: of the parameters; None keeps the stored one.
+      lazy: they go to no device; each is a `tensors.Lazy`, for who writes or merges them on the host.
 
     Raises:
       ConfigError: naming the missing, unexpected or misshapen tensors, the file that is absent or corrupt, or the
@@ -76,7 +77,7 @@ def load_params(
     files = TensorFiles(directory, WEIGHTS)
     check_tensors(directory, layout, files)
     where = places(layout.shapes, rules, mesh)
-    params = {path: read_placed(files, layout, path, dtype, where[path]) for path in layout.shapes}
+    params = {path: read_placed(files, layout, path, dtype, where[path], lazy) for path in layout.shapes}
     return unflatten_dict(params, sep="/")
 
 
@@ -89,9 +90,14 @@ def places(shapes: Mapping[str, Shape], rules: Rules, mesh: Mesh | None) -> dict
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
 
 
-def read_placed(files: TensorFiles, layout: Layout, path: str, dtype: Any, where: NamedSharding | None) -> jax.Array:
-    """A parameter from its tensors, part by part where it is split."""
+def read_placed(
+    files: TensorFiles, layout: Layout, path: str, dtype: Any, where: NamedSharding | None, lazy: bool = False
+) -> jax.Array | Lazy:
+    """A parameter from its tensors, part by part where it is split; `lazy`: when it is asked for."""
     read = functools.partial(read_stack, files, layout, path, dtype)
+    if lazy:
+        first = next(name for _, name, _ in layout.tensors(path))
+        return Lazy(layout.shapes[path], np.dtype(dtype or files.dtype(first)), read)
     return jnp.asarray(read()) if where is None else put_parts(layout.shapes[path], where, read)
 
 
@@ -110,7 +116,7 @@ def save_params(
 
     Args:
       directory: new, or empty.
-      params: on any devices; one parameter and one file of the result at a time are on the host.
+      params: on any devices, or `tensors.Lazy`; one parameter at a time is on the host.
       config: the content of `config.json`, to which the data type is added.
       max_shard_bytes: a larger model is split into several files.
       like: the directory whose tokenizer, processor and generation settings are copied.
@@ -213,7 +219,8 @@ def _on_host(stack: Any) -> np.ndarray:
 
 
 def _write_tensors(flat: dict[str, Any], layout: Layout, directory: Path, max_shard_bytes: int) -> None:
-    entries = [(path, *entry) for path in flat for entry in layout.tensors(path)]
+    paths = sorted(flat, key=lambda path: -flat[path].dtype.itemsize)  # aligned
+    entries = [(path, *entry) for path in paths for entry in layout.tensors(path)]
     shards, room = [], 0
     for path, index, name, stored in entries:
         size = math.prod(stored) * flat[path].dtype.itemsize
@@ -226,17 +233,21 @@ def _write_tensors(flat: dict[str, Any], layout: Layout, directory: Path, max_sh
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors, held = {}, ""
-        for path, index, name, stored in shard:
-            if path != held:  # the tensors of a parameter come one after the other
-                held, stack = path, _on_host(flat[path])
-            tensor = stack[index]
-            tensors[name] = np.ascontiguousarray(tensor.T if path.endswith("/kernel") else tensor).reshape(stored)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        with open(directory / file, "rb") as written:
-            os.fsync(written.fileno())
-        weight_map |= dict.fromkeys(tensors, file)
+        leaves = [(name, jax.ShapeDtypeStruct(stored, flat[path].dtype)) for path, _, name, stored in shard]
+        write_tensors(directory / file, leaves, _stored(flat, shard), {"format": "pt"})
+        weight_map |= dict.fromkeys((name for name, _ in leaves), file)
     if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in flat.values())
+        total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(directory / f"{WEIGHTS}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _stored(flat: dict[str, Any], shard: Sequence[tuple[str, Shape, str, Shape]]) -> Iterator[np.ndarray]:
+    """The tensors of a file, in order. Those of a parameter come one after the other: it is fetched once."""
+    held, stack = "", None
+    for path, index, _, stored in shard:
+        if path != held:
+            stack = None  # before the next is made
+            held, stack = path, _on_host(flat[path])
+        turned = np.transpose if path.endswith("/kernel") else np.asarray
+        yield np.ascontiguousarray(turned(stack[index])).reshape(stored)

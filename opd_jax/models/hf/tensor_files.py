@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from opd_jax.config import ConfigError
+from opd_jax.tensors import dtype_of
 
 
 class MissingFile(ConfigError, FileNotFoundError):
@@ -44,6 +45,10 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header of the file alone."""
         return tuple(self._ask("get_slice", name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """As stored, from the header alone."""
+        return dtype_of(self._ask("get_slice", name).get_dtype())
 
     def read(self, name: str, part: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
         """A copy of one tensor, in the data type stored, or of what is between (start, stop) along its axes."""

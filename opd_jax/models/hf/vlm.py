@@ -39,13 +39,16 @@ SECTIONS = (24, 20, 20)  # transformers' mrope_section, where a config has none
 THETA = 500_000.0  # and its theta of the text's rope
 
 
-def load_vlm(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> tuple[VLM, Params]:
+def load_vlm(
+    directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, lazy: bool = False
+) -> tuple[VLM, Params]:
     """The module a transformers directory describes, and its parameters, in the memory that `load_params` needs.
 
     Args:
       directory: a local directory, such as a snapshot of Qwen/Qwen3-VL-4B-Instruct.
       dtype: data type of the parameters; None keeps the stored one.
       mesh: parameters are split over its axes `fsdp` and `tensor` by `vlm.RULES`; None: the default device.
+      lazy: parameters go to no device; each is a `tensors.Lazy`, which reads the files when a writer asks for it.
 
     Returns:
       `(module, params)`; the module takes one image a row and computes in float32, or as
@@ -56,7 +59,7 @@ def load_vlm(directory: str | Path, *, dtype: Any = None, mesh: Mesh | None = No
     """
     directory = Path(directory)
     module = vlm_of(directory)
-    return module, load_params(directory, _layout(module), RULES, dtype=dtype, mesh=mesh)
+    return module, load_params(directory, _layout(module), RULES, dtype=dtype, mesh=mesh, lazy=lazy)
 
 
 def save_vlm(
