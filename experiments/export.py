@@ -26,6 +26,7 @@ from absl import flags
 
 from configs import domains_models, dp_models
 from experiments import domains, reasoning_models, reasoning_stores, scenes, stages
+from experiments.reasoning_stages import arm_recipe
 from opd_jax import config as config_lib
 from opd_jax.checkpoint import open_params
 from opd_jax.config import ConfigError, write_atomic
@@ -150,6 +151,17 @@ def check_writer(config) -> None:
         raise ConfigError(f"experiment={config.experiment}: no other library loads its models; of {known}")
 
 
+def as_trained(config, stage: str):
+    """The config with `opd` as it was for the arm of a stage."""
+    name = stage.rsplit("_seed", 1)[0]
+    if name not in config.get("arms", {}):
+        return config
+    own = config.copy_and_resolve_references()
+    with own.unlocked():
+        own.opd = arm_recipe(config, name)
+    return own
+
+
 def is_adapter(params) -> bool:
     return all(isinstance(leaf, dict) and leaf.keys() == {"a", "b"} for leaf in params.values())
 
@@ -253,7 +265,7 @@ def export(workdir: Path, out: Path, stage: str | None = None) -> str:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        library = WRITERS[config.experiment](config, params, part, found)
+        library = WRITERS[config.experiment](as_trained(config, stage), params, part, found)
     except ValueError as error:
         raise ConfigError(f"--stage={stage}: {error}; a student's can be exported") from error
     write_atomic(part / "README.md", card(config, workdir, stage, about, library))

@@ -114,13 +114,14 @@ def test_a_student_of_the_reasoning_world(run_of, tmp_path):
 
 
 def test_what_a_private_student_learnt_as_an_adapter_is_merged(run_of, tmp_path):
-    config = dp_opd.get_config()
+    config = dp_opd.get_config().unlock()
+    config.arms.arm = {"lora_scale": 0.5}  # its own, and the stage's name
     base = shipped("functions_student")
     adapter = random_like(lora.init(jax.random.key(0), base, config.opd.lora_layers, 2, r"^layers/"))
     exported(run_of(config, adapter), tmp_path / "out")
     tokens = np.array([[3, 17, 40, 8]])
     module = Decoder(**dp_models.get_config().models.student.model)
-    own = module.apply({"params": lora.merge(base, adapter, config.opd.lora_scale)}, jnp.asarray(tokens))
+    own = module.apply({"params": lora.merge(base, adapter, 0.5)}, jnp.asarray(tokens))
     np.testing.assert_allclose(logits_of(tmp_path / "out", tokens), own, atol=1e-4 * np.abs(own).max())
 
 
