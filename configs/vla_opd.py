@@ -128,7 +128,7 @@ def _metaworld(config: ConfigDict) -> None:
     config.sft.update({
         "steps": 1000, "batch_size": 32, "learning_rate": 5e-4, "warmup": 30, "decay_steps": 500,
     })  # fmt: skip
-    config.opd.update({"batch_size": 16, "group": 1, "steps": 300, "decay_steps": 100, "micro_batches": 8})
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 1000, "decay_steps": 300, "micro_batches": 8})
     for name in ("grpo", "opd_then_grpo"):
         config.arms[name].update({"batch_size": 4, "group": 4})
     config.eval.episodes = 10
