@@ -145,7 +145,9 @@ def on_one_device(name):
 def test_losses_are_those_of_one_device(name, shape):
     expected = on_one_device(name)
     found = two_updates(name, sharding.make_mesh(shape))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=2e-6)
+    # Between them is Adam's first step, which divides a gradient by its own size: the rounding of small ones counts.
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5 if name in QUICK else 1e-4, atol=2e-6)
 
 
 @pytest.mark.slow
