@@ -217,16 +217,24 @@ def grpo_update(student: Partial, recipe) -> tuple:
 def grpo_method(world: World, rewards: Sequence[str], update, config, recipe, judge: Callable) -> Method:
     """A specialist's method: `rewards[task]` judges a record of that task, against its group.
 
-    `judge(name, images, texts)` gives a reward, NaN where it is unknown. `teacher_params` is the adapter it started
-    from, to which it is held.
+    `judge(name, images, texts)` begins and returns at once; `collect().score` of what it returns is the reward, NaN
+    where it is unknown. So the judges of all tasks work side by side. `teacher_params` is the adapter it started from,
+    to which it is held.
     """
 
     def judged(images, task, texts):
-        reward = np.zeros(len(texts), np.float32)
+        reward, begun = np.zeros(len(texts), np.float32), []
         for index, name in enumerate(rewards):
             mine = np.flatnonzero(task == index)
             if mine.size:
-                reward[mine] = judge(name, images[mine], [texts[i] for i in mine])
+                begun.append((mine, judge(name, images[mine], [texts[i] for i in mine])))
+        try:
+            for mine, pending in begun:
+                reward[mine] = pending.collect().score
+        except BaseException:
+            for _, pending in begun:
+                pending.keep()  # what the others have scored, for the run that is resumed
+            raise
         return reward
 
     def label(start, rollout):

@@ -3,6 +3,7 @@
 import functools
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,19 @@ def grpo_settings(config, part) -> dict:
     return shared | {"part": part.to_dict(), "seed": config.seed}
 
 
+class Own(NamedTuple):
+    """A reward of the world's own, in the place of a judge at work: it is computed when it is asked for."""
+
+    reward: Callable[[], np.ndarray]
+
+    def collect(self) -> combination.Combined:
+        score = self.reward()
+        return combination.Combined(score, ~np.isnan(score), {})
+
+    def keep(self) -> None:
+        """Nothing: it is computed again."""
+
+
 class Experiment:
     """The pieces that the stages share, and the stages themselves, each made once.
 
@@ -157,14 +171,14 @@ class Experiment:
             self.updates[shared] = new(self.world.velocity, recipe=recipe)
         return self.updates[shared]
 
-    def judge(self, name: str, images: np.ndarray, texts: list[str]) -> np.ndarray:
-        """A reward by name, NaN where it is unknown: the world's own, or one of the config's judges.
+    def judge(self, name: str, images: np.ndarray, texts: list[str]) -> combination.PendingSum | Own:
+        """A reward by name, of one of the config's judges, who is at work meanwhile, or the world's own.
 
         By this process: in training the first of several asks, and shares what was said.
         """
         if name not in self.judges:
-            return self.world.reward(name, images, texts)
-        return self.judged_here(name, images, texts).score
+            return Own(functools.partial(self.world.reward, name, images, texts))
+        return self.asked(name, images, texts)
 
     def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
         """What a judge says, with the rewards that it adds up; of several processes the first asks, for all."""
@@ -182,7 +196,11 @@ class Experiment:
 
     def judged_here(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:
         """The same by this process, whatever the others do."""
-        return self.judges[name].label(images, texts, self.workdir / "unscored" / name, self.world.metadata(texts))
+        return self.asked(name, images, texts).collect()
+
+    def asked(self, name: str, images: np.ndarray, texts: list[str]) -> combination.PendingSum:
+        """A judge at work on pictures, here."""
+        return self.judges[name].submit(images, texts, self.workdir / "unscored" / name, self.world.metadata(texts))
 
     def train(self, checkpoint_dir, stage, method, optimizer, adapter, batches, steps, seed, teacher_params=None):
         """Runs the loop on an adapter and returns its average over time."""

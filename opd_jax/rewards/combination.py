@@ -135,12 +135,16 @@ class PendingSum:
         try:
             parts = {name: pending.collect() for name, pending in self._pending.items()}
         except BaseException:
-            for pending in self._pending.values():
-                pending.keep()
+            self.keep()
             raise
         weighted = [np.float64(weight) * parts[name].score for name, weight in self._weights.items() if weight]
         score = np.sum(weighted, axis=0).astype(np.float32)
         return Combined(score, ~np.isnan(score), parts)
+
+    def keep(self) -> None:
+        """Stops what is under way and writes the scores so far, where they come from a server."""
+        for pending in self._pending.values():
+            pending.keep()
 
 
 class _Local:

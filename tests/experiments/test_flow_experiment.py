@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -235,11 +236,19 @@ def test_a_specialist_may_be_judged_by_a_server(monkeypatch, tmp_path):
     stub = object.__new__(experiment.Experiment)
     stub.workdir, stub.world = tmp_path, world
     stub.judges = {"mean": combination.Rewards(**config.judges.mean.to_dict())}
-    method = flow_methods.grpo_method(world, ("mean", "mean"), update, config, recipe, stub.judge)
+    order = []
+
+    def judge(*what):
+        pending = stub.judge(*what)
+        order.append("at work")
+        return types.SimpleNamespace(collect=lambda: order.append("awaited") or pending.collect(), keep=pending.keep)
+
+    method = flow_methods.grpo_method(world, ("mean", "mean"), update, config, recipe, judge)
     rollout = method.sample(teachers[0], batch, rng.stream(0, "sample"))
     labels = method.label(teachers[0], rollout)
     server.shutdown()
     server.server_close()
+    assert order == 2 * ["at work"] + 2 * ["awaited"], "the judges of two tasks work side by side"
     state = optim.init_state(teachers[0], optimizer)
     _, metrics = method.update(state, rollout, labels, rng.stream(0, "update"))
     assert np.isfinite(jax.device_get(list(metrics.values()))).all()

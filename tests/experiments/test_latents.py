@@ -1,12 +1,15 @@
 """Flow-OPD on a diffusers directory: a small random Stable Diffusion 3, judges behind a server, teachers from files."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from opd_jax.rewards import remote, serve
 
 ROOT = Path(__file__).parents[2]
 TRAIN = {"geneval": "a red cat", "ocr": 'a sign "cat"', "pickscore": "blurred cats"}
+TRAINED = {f"{TRAIN['geneval']}, {letter}." for letter in "abcd"}  # of the one teacher that is trained
 PATTERN = r"attn/(to|add)_\w+/kernel"
 
 
@@ -87,31 +91,53 @@ def paper(folder, url="http://127.0.0.1:1", **teachers):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """The folder of a whole run and what its server was asked, which likes bright pictures."""
-    folder, workdir, asked = folder[0], tmp_path_factory.mktemp("runs") / "run", []
+    """The folder of a whole run, what its server was asked, which likes bright pictures, and what was printed.
+
+    The server dies at the first picture of training, in the middle of an update, and comes back.
+    """
+    folder, workdir, asked, said = folder[0], tmp_path_factory.mktemp("runs") / "run", [], io.StringIO()
+    servers, dies = [], threading.Event()
 
     def scorer(images, prompts, metadata):
+        if not dies.is_set() and TRAINED & set(prompts):
+            dies.set()
+            threading.Thread(target=come_back, daemon=True).start()
+        if len(servers) == 1 and dies.is_set():
+            raise RuntimeError("dying")
         asked.extend(zip(prompts, metadata, [image.shape for image in images]))
         return [float(image.mean() / 255) for image in images]
 
-    server = serve.Server(scorer, name="bright", version="1")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    config, mesh = paper(folder, f"http://127.0.0.1:{server.server_port}").unlock(), mesh_of()
+    def serve_at(port):
+        servers.append(serve.Server(scorer, ("127.0.0.1", port), name="bright", version="1"))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return servers[-1].server_port
+
+    def come_back():
+        servers[0].shutdown()
+        servers[0].server_close()
+        time.sleep(0.5)
+        serve_at(servers[0].server_port)
+
+    config, mesh = paper(folder, f"http://127.0.0.1:{serve_at(0)}").unlock(), mesh_of()
+    for judge in config.judges.values():
+        for part in judge.rewards.values():
+            part.patience = 60
     config.pipeline.update({"dtype": "bfloat16", "embeddings": str(folder / "in_bfloat16")})
     config.pipeline.encoders.stored = "bfloat16"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "127.0.0.1")
         experiment.validate(config, mesh)
         config_lib.prepare_workdir(workdir, config, resume=False)
-        experiment.run(config, workdir, mesh)
-    server.shutdown()
-    server.server_close()
-    return workdir, asked
+        with contextlib.redirect_stdout(said):
+            experiment.run(config, workdir, mesh)
+    servers[-1].shutdown()
+    servers[-1].server_close()
+    return workdir, asked, said.getvalue()
 
 
 def test_the_whole_method(finished):
     """A teacher by Flow-GRPO, two from files, their merge, a student, the table."""
-    workdir, asked = finished
+    workdir, asked, _ = finished
     summary = json.loads((workdir / "summary.json").read_text())
     rows = {row["model"]: row for row in summary["table"]}
     teachers = [f"teacher: {name}" for name in ("geneval", "ocr", "quality")]
@@ -138,8 +164,17 @@ def test_the_whole_method(finished):
     assert all(tag == ("geneval" if text.startswith("a red cat") else None) for text, tag in tags.items())
 
 
+def test_a_run_waits_for_a_server_that_dies_and_loses_nothing(finished):
+    workdir, asked, said = finished
+    assert "down since" in said and "up again after" in said
+    assert not any((workdir / "unscored").rglob("*.npz")), "what was kept meanwhile is scored"
+    trained = [text for text, *_ in asked if text in TRAINED]
+    recipe = config_lib.load(workdir / "config.json").grpo
+    assert len(trained) == recipe.steps * recipe.prompts * recipe.group, "every picture once"
+
+
 def test_a_student_is_exported_as_an_adapter_of_the_pipeline(finished, folder, tmp_path):
-    workdir, _ = finished
+    workdir, *_ = finished
     student = export.export(workdir, tmp_path / "out")
     assert student == "flow_opd_seed0"
     assert not (tmp_path / "out" / "transformer").exists(), "it is the user's own"
@@ -150,7 +185,7 @@ def test_a_student_is_exported_as_an_adapter_of_the_pipeline(finished, folder, t
 
 @pytest.mark.slow
 def test_a_stage_draws_prompts_of_the_files(finished):
-    workdir, _ = finished
+    workdir, *_ = finished
     command = [sys.executable, "experiments/sample.py", str(workdir), "--count=2", "--steps=2"]
     draw = lambda prompt: subprocess.run([*command, prompt], cwd=ROOT, capture_output=True, text=True)
     done = draw("a red cat, x.")
