@@ -33,7 +33,7 @@ from measures import Side, Work
 from configs import flow_opd as flow_config
 from experiments import flow_methods, latents, plan_models
 from experiments.latents import Prompt
-from opd_jax import flops, optim, rng
+from opd_jax import flops, optim, report, rng
 from opd_jax.models import lora
 from opd_jax.models.hf import load_mmdit, save_mmdit
 from opd_jax.models.hf.mmdit import diffusers_name
@@ -191,7 +191,7 @@ def main() -> None:
         losses = {"ours": ours.update()} | losses
         print("loss of the first update:", ", ".join(f"{name} {value:.6g}" for name, value in losses.items()))
         rows = measures.compare(sides, work_of(ours.module, args), args.repeats, args.dtype == "float32")
-        print(measures.table(rows), flush=True)
+        print(report.format_table(rows), flush=True)
         if args.profile:
             measures.profiled(sides["ours"], args.profile)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from opd_jax import chips, report
+from opd_jax import chips
 from opd_jax.chips import GIB
 
 
@@ -89,7 +89,3 @@ def torch_peak(device: str) -> int | None:
     import torch
 
     return torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-
-def table(rows: list[dict]) -> str:
-    return report.format_table(rows)

@@ -34,7 +34,7 @@ import numpy as np
 from measures import Side, Work
 
 from experiments import language, plan_models, token_methods
-from opd_jax import flops, optim, rng
+from opd_jax import flops, optim, report, rng
 from opd_jax.losses import opd
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, save_decoder
@@ -256,7 +256,7 @@ def main() -> None:
             sides[name], values[name] = peer.side(), peer.value(tokens)
         print("reverse_kl of one batch, nats per token:", ", ".join(f"{k} {v:.6f}" for k, v in values.items()))
         rows = measures.compare(sides, work_of(ours.modules, args), args.repeats, args.dtype == "float32")
-        print(measures.table(rows), flush=True)
+        print(report.format_table(rows), flush=True)
         if args.profile:
             measures.profiled(sides["ours"], args.profile)
 

@@ -91,7 +91,12 @@ def of_world(config) -> Source:
             module, _shipped("functions_student"), save_decoder, save_tokenizer=functions_world.save_tokenizer
         )
     module = reasoning_stores.world_module("student", config.student)
-    return Source(module, _shipped("reasoning_student"), save_decoder, save_tokenizer=reasoning_world.save_tokenizer)
+    base = _random if config.student.layers else _shipped("reasoning_student")
+    return Source(module, base, save_decoder, save_tokenizer=reasoning_world.save_tokenizer)
+
+
+def _random() -> Any:
+    raise ConfigError("an adapter of a random student: its base is in no file; export a student that is trained whole")
 
 
 def _shipped(name: str) -> Callable[[], Any]:

@@ -18,6 +18,7 @@ from opd_jax.losses import advantage_matching, flow_matching, flow_opd, policy_g
 from opd_jax.losses.advantage_matching import SampledAgain
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import lora
+from opd_jax.rewards import combination
 from opd_jax.sampling import flow
 from opd_jax.types import FlowLabels, FlowRollout, Method
 
@@ -212,6 +213,19 @@ def grpo_update(student: Partial, recipe) -> tuple:
     names = ("kind", "clip", "window", "beta", "balanced", "weighting")
     own = {name: recipe.flow_grpo[name] for name in names if name in recipe.flow_grpo}
     return _update(policy_gradient.grpo(student, normalize=False, **own), recipe)
+
+
+class Own(NamedTuple):
+    """A reward of the world's own, in the place of a judge at work: it is computed when it is asked for."""
+
+    reward: Callable[[], np.ndarray]
+
+    def collect(self) -> combination.Combined:
+        score = self.reward()
+        return combination.Combined(score, ~np.isnan(score), {})
+
+    def keep(self) -> None:
+        """Nothing: it is computed again."""
 
 
 def grpo_method(world: World, rewards: Sequence[str], update, config, recipe, judge: Callable) -> Method:

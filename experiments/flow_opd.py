@@ -3,7 +3,6 @@
 import functools
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,19 +126,6 @@ def grpo_settings(config, part) -> dict:
     return shared | {"part": part.to_dict(), "seed": config.seed}
 
 
-class Own(NamedTuple):
-    """A reward of the world's own, in the place of a judge at work: it is computed when it is asked for."""
-
-    reward: Callable[[], np.ndarray]
-
-    def collect(self) -> combination.Combined:
-        score = self.reward()
-        return combination.Combined(score, ~np.isnan(score), {})
-
-    def keep(self) -> None:
-        """Nothing: it is computed again."""
-
-
 class Experiment:
     """The pieces that the stages share, and the stages themselves, each made once.
 
@@ -171,13 +157,13 @@ class Experiment:
             self.updates[shared] = new(self.world.velocity, recipe=recipe)
         return self.updates[shared]
 
-    def judge(self, name: str, images: np.ndarray, texts: list[str]) -> combination.PendingSum | Own:
+    def judge(self, name: str, images: np.ndarray, texts: list[str]) -> combination.PendingSum | flow_methods.Own:
         """A reward by name, of one of the config's judges, who is at work meanwhile, or the world's own.
 
         By this process: in training the first of several asks, and shares what was said.
         """
         if name not in self.judges:
-            return Own(functools.partial(self.world.reward, name, images, texts))
+            return flow_methods.Own(functools.partial(self.world.reward, name, images, texts))
         return self.asked(name, images, texts)
 
     def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:

@@ -257,7 +257,7 @@ class Search:
                 done = []
                 for step in (update, *before):
                     if (one := self.compiled(step, mesh)) is None:
-                        return "not tried, --programs are spent"
+                        return f"not {'finished' if done or why else 'tried'}, --programs are spent"
                     done.append(one)
                     if not one.fits(memory):
                         why = f"do not fit: {one.step.name}, with up to {parts} micro_batches"
@@ -281,7 +281,7 @@ def search(config, where: Topology, programs: int, price: float) -> bool:
     rows = [row | {"hours": f"{row['hours']:.3g}"} for row in found.rows]
     if price:
         rows = [row | {"dollars": f"{one['hours'] * an_hour:,.0f}"} for row, one in zip(rows, found.rows)]
-    remedy = "take more chips, shorter answers or --config.compute.remat=nothing"
+    remedy = "take more chips, smaller batches, or a `remat` that keeps less"
     print(report.format_table(rows) if rows else f"nothing fits of what was tried: {remedy}")
     if price:
         print(f"{an_hour:,.2f} dollars an hour for {len(where.devices)} chips")

@@ -118,7 +118,7 @@ def steps(config, mesh, name: str) -> list[Step]:
         raise plan_steps.unknown(name, recipe.method, METHODS)
     plan_steps.check_parts(mesh, name, count, recipe.micro_batches, recipe.batch_size)
     setup, (room, longest) = Setup(config, mesh), _lengths(config)
-    plan_steps.check_tokens(mesh, name, room + longest, "prompt and sampler.max_new_tokens")
+    plan_steps.check_tokens(mesh, name, room + longest, "a prompt and sampler.max_new_tokens together")
     places, student, taught = setup.places, setup.student, setup.teachers(recipe.setting)
     exact = recipe.divergence != "sampled"
     how = sampling_params(config.sampler, longest, (0,), 0)

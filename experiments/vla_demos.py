@@ -1,5 +1,6 @@
 """Demonstrations from a directory in LeRobot's format, in place of an expert's."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from experiments.vla_policies import Kit, Robot
 from opd_jax.config import ConfigError
 from opd_jax.types import EpisodeRollout
 from opd_jax.worlds import lerobot
+
+
+def digest(path: str) -> str:
+    """Hash of what a data set says of itself: another one in its place is noticed."""
+    whole, folder = hashlib.sha256(), Path(path).expanduser() / "meta"
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        whole.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return whole.hexdigest()
 
 
 def read(path: str, kit: Kit, robot: Robot, numbers: Mapping[str, int], count: int) -> Demonstrations:

@@ -57,7 +57,7 @@ class Host(abc.ABC):
         settings = {name: value for name, value in config.simulators.to_dict().items() if name not in elsewhere}
         self.identity = {"world": config.world, "simulators": settings}
         if config.demos:
-            self.identity["demos"] = config.demos
+            self.identity["demos"] = vla_demos.digest(config.demos)
         if config.student.path:
             self.identity["student"] = {name: config.student[name] for name in ("cameras", "crop", "proprioception")}
         self._sees = bool(self.example.images.shape[1])

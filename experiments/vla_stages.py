@@ -11,7 +11,7 @@ from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import Acting, Demonstrations
 from opd_jax import data, hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256
-from opd_jax.config import command_line
+from opd_jax.config import command_line, write_atomic
 from opd_jax.metrics import read_metrics
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.vla import RULES
@@ -68,6 +68,15 @@ class Experiment:
     @functools.cached_property
     def many(self) -> Demonstrations:
         return self.demonstrations(self.seen, self.config.demonstrations.many)
+
+    def rows(self, which: str) -> int:
+        """How many decisions of the expert `few` or `many` have; in a file, for a finished run does not ask again."""
+        path = self.workdir / f"demonstrated_{which}.txt"
+        if path.exists():
+            return int(path.read_text())
+        count = len(getattr(self, which).task)
+        write_atomic(path, str(count))
+        return count
 
     def demonstrations(self, tasks, count: int) -> Demonstrations:
         return self.world.demonstrations(tasks, count, self.config.demonstrations.seed)
@@ -194,7 +203,7 @@ class Experiment:
 
     def shown_to_students(self) -> dict[str, float]:
         """What their demonstrations have cost: the expert's steps, and as many of its actions."""
-        return {"environment_steps": len(self.few.task), "teacher_queries": len(self.few.task)}
+        return {"environment_steps": self.rows("few"), "teacher_queries": self.rows("few")}
 
     def spent(self, name: str, seed: int) -> dict[str, float]:
         """What an arm has cost: its own actions and labelled decisions, those of its start and of its teacher too."""
@@ -202,7 +211,7 @@ class Experiment:
         lines = read_metrics(self.workdir, f"{name}_seed{seed}")
         add = lambda key: sum(line.get(key, 0.0) for line in lines)
         asked = add("decisions") if recipe.method == "opd" else 0.0
-        shown = len(self.many.task) if recipe.method == "sft" else 0
+        shown = self.rows("many") if recipe.method == "sft" else 0
         own = {"environment_steps": add("environment_steps") + shown, "teacher_queries": asked + shown}
         for other in (recipe.start, recipe.teacher):
             before = self.spent(other, seed) if other in self.config.arms else {}

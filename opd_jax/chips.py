@@ -43,7 +43,7 @@ CHIPS = {
 TPUS = ("v5e", "v5p", "v6e")
 # What the names of devices begin with, the longer first: jax's `device_kind`, and so torch's `get_device_name`.
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-_KINDS |= {"NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
+_KINDS |= {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}  # the SXM boards
 
 
 class Topology(NamedTuple):
@@ -90,7 +90,7 @@ def expected(cost: Cost, chip: Chip) -> float | None:
 
 
 def of_device(kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None where it is not among `CHIPS`, such as a CPU."""
+    """The chip of a `jax.Device.device_kind`; None where it is not among `CHIPS`, such as a CPU or another board."""
     return next((CHIPS[key] for start, key in _KINDS.items() if kind.startswith(start)), None)
 
 

@@ -93,8 +93,9 @@ def gpus() -> list[int] | None:
         return None
     one_each = environment.get("SLURM_STEP_NUM_NODES") == environment.get("SLURM_NTASKS", "")
     alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" if launcher is LAUNCHERS[0] else one_each
-    bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
-    return [] if alone or bound else [int(environment[launcher.here])]
+    bound = launcher is LAUNCHERS[1] and "SLURM_GPUS_PER_TASK" in environment  # mpirun in such a job binds none
+    sees_one = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    return [] if alone or bound or sees_one else [int(environment[launcher.here])]
 
 
 def several() -> bool:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an update needs once, between updates in the memory of the host: an optimiser's moments, the moving average.
 
-Nothing else has to know: `optim.dense` takes what it finds there onto the device, and puts it back, a leaf where it
-lay. Sampling and labels have the room. The update itself needs no less: the TPU's compiler begins to fetch before the
-gradient is done (16 layers of 2048 x 2048 on four v5e chips: 3.4 GiB in place of 3.3). And every update pays for the
-transfer, there and back.
+Nothing else has to know: `optim.dense` and `dp_sgd.private` take what they find there onto the device, and put it back,
+a leaf where it lay. Sampling and labels have the room. The update itself needs no less: the TPU's compiler begins to
+fetch before the gradient is done (16 layers of 2048 x 2048 on four v5e chips: 3.4 GiB in place of 3.3). And every
+update pays for the transfer, there and back.
 """
 
 import jax
@@ -46,7 +46,7 @@ def _to_host(tree: PyTree) -> PyTree:
             return leaf
         device = next(iter(leaf.sharding.device_set))
         if HOST not in {memory.kind for memory in device.addressable_memories()}:
-            raise ConfigError(f"compute.offload=True: {device.device_kind} has no {HOST} memory; set it to False")
+            raise ConfigError(f"offload=True: {device.device_kind} has no {HOST} memory; set it to False")
         return jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST))
 
     return jax.tree.map(move, tree)

@@ -331,8 +331,9 @@ class InPlace:
 
     def _program(self, state: PyTree) -> Any:
         traced = lambda leaf: isinstance(leaf, jax.core.Tracer)
-        places = jax.tree.map(lambda leaf: None if traced(leaf) else getattr(leaf, "sharding", None), state)
-        leaves, structure = jax.tree.flatten(places, is_leaf=lambda leaf: leaf is None)
+        place = lambda leaf: "" if traced(leaf) else getattr(leaf, "sharding", "")  # "": on no mesh; None is no leaf
+        places = jax.tree.map(place, state)
+        leaves, structure = jax.tree.flatten(places)
         on_mesh = all(isinstance(place, NamedSharding) for place in leaves)
         key = (structure, *leaves) if on_mesh else None
         if key not in self._programs:

@@ -39,6 +39,8 @@ def test_a_topology_that_is_none_is_refused_in_one_line(name):
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 PCIe", None),
         ("cpu", None),
     ],
 )

@@ -157,6 +157,7 @@ GPUS = {  # environment of a process, and which GPUs of those that it sees are i
     "sees one": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "3"}, []),
     "sees all": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [5]),
     "alone": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+    "mpirun binds none": ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "SLURM_GPUS_PER_TASK": "1"}, [5]),
     "said": ({"SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "JAX_LOCAL_DEVICE_IDS": "6,7"}, None),
     "by hand": ({"JAX_PROCESS_ID": "1", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}, None),
     "of no launcher": ({}, None),

@@ -235,12 +235,12 @@ def test_a_new_state_lies_where_the_old_one_did():
 
     def begin():
         tree = {"dense": {"kernel": np.ones((4, 6), np.float32), "bias": np.zeros(6, np.float32)}}
-        return sharding.shard_params(tree, mesh, RULES)
+        return sharding.shard_params(tree, mesh, RULES) | {"empty": None}
 
     def update(scale, state, x):
         out = x @ state["dense"]["kernel"]
         new = {"kernel": state["dense"]["kernel"] + scale, "bias": state["dense"]["bias"] + out.sum(0)}
-        return {"dense": new}, {"loss": out.sum()}
+        return {"dense": new, "empty": None}, {"loss": out.sum()}
 
     moved = jax.jit(update)(1.0, begin(), x)[0]["dense"]["bias"]
     assert not moved.sharding.is_fully_replicated, "or the test sees nothing"
@@ -250,7 +250,9 @@ def test_a_new_state_lies_where_the_old_one_did():
     assert jax.tree.map(lambda leaf: leaf.sharding, new) == where
     assert old["dense"]["kernel"].is_deleted(), "the state is donated"
     np.testing.assert_array_equal(new["dense"]["bias"], moved)
-    alone, _ = in_place(1.0, {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}, jnp.ones((8, 4)))
+    alone, _ = in_place(
+        1.0, {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}, "empty": None}, jnp.ones((8, 4))
+    )
     np.testing.assert_array_equal(alone["dense"]["bias"], moved)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), new)
     assert in_place.lower(1.0, shapes, x).compile().output_shardings[0]["dense"]["bias"].is_fully_replicated

@@ -42,8 +42,8 @@ def token_logp(
     if head_fn is None:
         logp = _pick(out, targets, counted)
     else:
-        head = head_fn(params).astype(out.dtype)
-        project = lambda h: jnp.einsum("bsd,dv->bsv", h, head, preferred_element_type=jnp.float32)
+        head = head_fn(params)  # cast piece by piece, so that the sum of its gradients keeps the type of the parameter
+        project = lambda h: jnp.einsum("bsd,dv->bsv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
         pieces = [_pieces(a, block) for a in (out, targets, counted)]
         piece = jax.checkpoint(lambda xs: _pick(project(jnp.where(xs[2][..., None], xs[0], 0)), xs[1], xs[2]))
         logp = jnp.moveaxis(jax.lax.map(piece, tuple(pieces)), 0, 2).reshape(targets.shape[0], -1)

@@ -5,6 +5,7 @@ MuJoCo takes its OpenGL from the environment variable MUJOCO_GL, read when it is
 multisampling take most of the time of a picture on a CPU; `Camera(fast=True)` leaves them out.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -113,9 +114,10 @@ class _Canvas:
 
 
 def _free(gl, context) -> None:
-    gl.make_current()
-    context.free()
-    gl.free()
+    with contextlib.suppress(Exception):  # when the interpreter ends, OpenGL may have ended before
+        gl.make_current()
+        context.free()
+        gl.free()
 
 
 _canvases: weakref.WeakValueDictionary[bytes, _Canvas] = weakref.WeakValueDictionary()

@@ -74,7 +74,7 @@ def exported(workdir, out):
             for array in (array for array in jax.live_arrays() if id(array) not in before):
                 size = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
                 held.update(dict.fromkeys(array.sharding.device_set, size))
-            most = max(most, *held.values(), 0, 0)
+            most = max(most, *held.values(), 0)
 
     sys.setprofile(look)
     try:

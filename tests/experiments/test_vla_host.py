@@ -23,6 +23,7 @@ from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_op
 from experiments.reasoning_stages import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
+from opd_jax import config as config_lib
 from opd_jax import optim, rng
 from opd_jax.config import ConfigError
 from opd_jax.models import action_tokens
@@ -386,3 +387,28 @@ def test_a_run_from_demonstrations_to_report(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"expert", "base", "student, before", "vla_opd"} <= {row["model"] for row in summary["table"]}
     assert "Base: has practised" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_finished_run_asks_for_no_demonstration_again(tmp_path, monkeypatch):
+    config = config_of(only=("sft_many",))
+    config_lib.keep_arms(config)
+    first = Experiment(config, tmp_path, MESH)
+    first.arm("sft_many", 0)
+    spent = first.shown_to_students(), first.spent("sft_many", 0)
+    assert spent[0]["environment_steps"] > 0 and spent[1]["environment_steps"] > spent[0]["environment_steps"]
+    for name in ("demonstrations", "practice"):
+        monkeypatch.setattr(vla_host.MetaWorld, name, None)
+    again = Experiment(config, tmp_path, MESH)
+    again.arm("sft_many", 0)
+    assert (again.shown_to_students(), again.spent("sft_many", 0)) == spent
+
+
+def test_another_data_set_in_the_place_of_one_is_noticed(tmp_path):
+    file = tmp_path / "meta" / "episodes.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}\n")
+    before = vla_demos.digest(str(tmp_path))
+    assert vla_demos.digest(str(tmp_path)) == before
+    file.write_text("{}\n{}\n")
+    assert vla_demos.digest(str(tmp_path)) != before

@@ -251,3 +251,15 @@ def test_one_device_equals_eight(name):
     eight = value_and_gradient(loss, *split, sharding.replicate(STUDENT, mesh))
     close(one[0].total, eight[0].total)
     close(one[1], eight[1])
+
+
+def test_the_head_s_gradient_is_summed_in_float32_beside_bfloat16_states():
+    """A thousand pieces of one position that each add the same: in bfloat16 the sum stops growing at 256 of them."""
+    states = jnp.ones((1, 1025, 4), jnp.bfloat16)
+    tokens, counted = jnp.zeros((1, 1025), jnp.int32), jnp.ones((1, 1025), bool)
+    total = lambda head, block: token_logp(
+        lambda *_: states, None, tokens, counted, head_fn=lambda _: head, block=block
+    ).sum()
+    head = jnp.zeros((4, 8), jnp.float32)
+    pieces = jax.jit(jax.grad(total), static_argnums=1)(head, 1)
+    np.testing.assert_allclose(pieces[:, 0], 1024 * 7 / 8, rtol=1e-3)
