@@ -14,7 +14,7 @@ from opd_jax.sampling import host_episodes, host_worker
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_episodes import Starts
 from opd_jax.sampling.host_pool import Pool
-from opd_jax.worlds import metaworld
+from opd_jax.worlds import metaworld, mujoco_gl
 from opd_jax.worlds.metaworld import MetaWorld
 
 drawing.needed()
