@@ -218,10 +218,11 @@ def grpo_update(student: Partial, recipe) -> tuple:
 class Own(NamedTuple):
     """A reward of the world's own, in the place of a judge at work: it is computed when it is asked for."""
 
-    reward: Callable[[], np.ndarray]
+    reward: Callable[..., np.ndarray]
+    what: tuple  # its arguments
 
     def collect(self) -> combination.Combined:
-        score = self.reward()
+        score = self.reward(*self.what)
         return combination.Combined(score, ~np.isnan(score), {})
 
     def keep(self) -> None:

@@ -163,7 +163,7 @@ class Experiment:
         By this process: in training the first of several asks, and shares what was said.
         """
         if name not in self.judges:
-            return flow_methods.Own(functools.partial(self.world.reward, name, images, texts))
+            return flow_methods.Own(self.world.reward, (name, images, texts))
         return self.asked(name, images, texts)
 
     def judged(self, name: str, images: np.ndarray, texts: list[str]) -> combination.Combined:

@@ -191,7 +191,8 @@ def test_a_specialist_is_held_to_where_it_started(form):
         config.grpo.method, config.sampler.steps = form, 5  # two more than the window
     recipe = experiment.grpo_recipe(config, config.teachers.ocr)
     update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
-    method = flow_methods.grpo_method(world, ("quality", "quality"), update, config, recipe, world.reward)
+    judge = lambda *what: flow_methods.Own(world.reward, what)
+    method = flow_methods.grpo_method(world, ("quality", "quality"), update, config, recipe, judge)
     distances = []
     for adapter in teachers:
         rollout = method.sample(adapter, batch, rng.stream(0, "sample"))

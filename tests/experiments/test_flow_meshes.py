@@ -30,7 +30,8 @@ def made(name, world, adapters):
     recipe.unlock().update({"warmup": 0, "method": name} if grpo else {"warmup": 0})
     if grpo:
         update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
-        method = flow_methods.grpo_method(world, ("quality", "quality"), update, config, recipe, world.reward)
+        judge = lambda *what: flow_methods.Own(world.reward, what)
+        method = flow_methods.grpo_method(world, ("quality", "quality"), update, config, recipe, judge)
         return method, optimizer, adapters[0][0]
     if name == "offline":
         update, optimizer = flow_methods.offline_update(world.velocity, recipe)

@@ -21,7 +21,7 @@ from opd_jax.sampling.episodes import Plan
 from opd_jax.types import ActionPaths, EpisodeRollout, PathLabels
 
 B, T, STEPS = 8, 2, 3  # episodes, decisions of each, steps of a flow
-MESHES = [pytest.param(TENSOR, id="data2-fsdp2-tensor2"), exhaustive({"data": 2, "fsdp": 4}, id="data2-fsdp4")]
+MESHES = [pytest.param(TENSOR, id="data2-fsdp2-tensor2"), exhaustive({"data": 4, "fsdp": 2}, id="data4-fsdp2")]
 METHODS = {  # the head, and what an arm changes; {}: SFT on demonstrations
     "reverse_kl": ("bins", {"objective": "reverse_kl"}),
     "forward_kl": ("bins", {"objective": "forward_kl"}),
