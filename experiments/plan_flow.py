@@ -84,7 +84,7 @@ def adapter_of(world: World, config, places: Places, rank: int):
 
 
 def axes(config) -> tuple[str, ...]:
-    return "data", "fsdp"
+    return "data", "fsdp", "tensor"
 
 
 def names(config) -> list[str]:

@@ -150,6 +150,14 @@ def over_records(x: Float[Array, "*tokens D"], records: int) -> Float[Array, "*t
     return jax.lax.with_sharding_constraint(x, record_spec() if records > 1 else PartitionSpec())
 
 
+def over_width(x: Float[Array, "N W"], records: int, units: int) -> Float[Array, "N W"]:
+    """`over_records` for the inside of a layer, of so many heads or neurons, which `tensor` splits where they divide."""
+    if not _automatic(HEADS) or head_parts(units) == 1 or (records > 1 and records % record_parts()):
+        return over_records(x, records)
+    rows = record_axes() or None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows if records > 1 else None, HEADS))
+
+
 def over_tokens(x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S *rest"]:
     """Every device has some of the tokens of its records."""
     return _constrained(x, token_axis(x.shape[1]), *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 2))

@@ -21,9 +21,14 @@ from opd_jax.models.remat import block_of
 
 Tokens = Float[Array, "B T D"]
 XAVIER = nn.initializers.xavier_uniform()
-# For `decoder.partition_rules`. Over `fsdp` the side of the residual stream where a kernel has one, else what divides.
+# For `decoder.partition_rules`. Over `fsdp` the side of the residual stream where a kernel has one, else what divides;
+# over `tensor` the inside of attention and MLPs, and modulations.
+WIDENED = r"(to_[qkv]|add_[qkv]_proj|ff/proj_in|ff_context/proj_in|norm1|norm1_context|norm_out)/kernel$"
+NARROWED = r"(to_out|to_add_out|ff/proj_out|ff_context/proj_out)/kernel$"
 RULES = (
-    (r"(to_out|to_add_out|ff/proj_out|ff_context/proj_out)/kernel$", PartitionSpec(None, "fsdp")),
+    (NARROWED, PartitionSpec("tensor", "fsdp")),
+    (WIDENED, PartitionSpec("fsdp", "tensor")),
+    (NARROWED, PartitionSpec(None, "fsdp")),
     (r"kernel$", PartitionSpec("fsdp", None)),
     (r"kernel$", PartitionSpec(None, "fsdp")),
     (r"kernel$", PartitionSpec()),
@@ -159,13 +164,14 @@ class _Attention(nn.Module):
             added = (self._heads(c, f"add_{n}_proj", f"norm_added_{n}") for n in "qkv")
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), added))
         out = _attend(q, k, v).reshape(x.shape[0], -1, width)
-        x = _flat(_dense(self, width, "to_out"), out[:, :length])
+        x = _narrowed(_dense(self, width, "to_out"), out[:, :length], self.num_heads)
         if c is not None and not self.last:
-            c = _flat(_dense(self, width, "to_add_out"), out[:, length:])
+            c = _narrowed(_dense(self, width, "to_add_out"), out[:, length:], self.num_heads)
         return x, c
 
     def _heads(self, x: Tokens, dense: str, norm: str) -> Float[Array, "B T heads head_dim"]:
-        heads = _flat(_dense(self, x.shape[-1], dense), x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        heads = _widened(_dense(self, x.shape[-1], dense), x, self.num_heads)
+        heads = heads.reshape(*x.shape[:2], self.num_heads, self.head_dim)
         if self.qk_norm and not norm.endswith("v"):
             heads = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=norm)(heads)
         return heads
@@ -177,8 +183,8 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
-        hidden = nn.gelu(_dense(self, 4 * width, "proj_in")(_rows(x)))
-        return _dense(self, width, "proj_out")(hidden).reshape(x.shape)
+        hidden = nn.gelu(_widened(_dense(self, 4 * width, "proj_in"), x, 4 * width))
+        return _narrowed(_dense(self, width, "proj_out"), hidden, 4 * width)
 
 
 class _Embedder(nn.Module):
@@ -201,6 +207,18 @@ def _flat(dense: nn.Dense, x: Tokens) -> Float[Array, "B T features"]:
     return dense(_rows(x)).reshape(*x.shape[:-1], dense.features)
 
 
+def _widened(dense: nn.Dense, x: Tokens, units: int) -> Float[Array, "B T features"]:
+    """From the residual stream into a layer of so many heads or neurons, which `tensor` splits."""
+    inside = sharding.over_width(dense(_rows(x)), len(x), units)
+    return inside.reshape(*x.shape[:-1], dense.features)
+
+
+def _narrowed(dense: nn.Dense, x: Tokens, units: int) -> Float[Array, "B T features"]:
+    """Back from inside a layer."""
+    inside = sharding.over_width(x.reshape(-1, x.shape[-1]), len(x), units)
+    return sharding.over_records(dense(inside), len(x)).reshape(*x.shape[:-1], dense.features)
+
+
 def _rows(x: Tokens) -> Float[Array, "N D"]:
     """Flattened, and split over devices as records are: XLA, left to itself, splits the width as kernels are."""
     return sharding.over_records(x.reshape(-1, x.shape[-1]), len(x))
@@ -209,7 +227,8 @@ def _rows(x: Tokens) -> Float[Array, "N D"]:
 def _modulation(module: nn.Module, emb: Float[Array, "B D"], n: int, name: str) -> list[Float[Array, "B 1 D"]]:
     """The `n` modulation vectors of a block, all from one zero-initialised layer."""
     dense = _dense(module, n * emb.shape[-1], name, nn.initializers.zeros)
-    return jnp.split(dense(sharding.over_records(emb, len(emb)))[:, None], n, axis=-1)
+    vectors = sharding.over_records(dense(sharding.over_records(emb, len(emb))), len(emb))
+    return jnp.split(vectors[:, None], n, axis=-1)
 
 
 def _modulate(x: Tokens, shift: Float[Array, "B 1 D"], scale: Float[Array, "B 1 D"]) -> Tokens:

@@ -11,6 +11,9 @@ from opd_jax import optim, rng, sharding
 from opd_jax.models import lora
 
 
+HEADS = {"num_heads": 4, "head_dim": 24}  # which an axis `tensor` of 2 or 4 divides
+
+
 class World(scenes.Scenes):
     """The scenes with a backbone of the test's."""
 
@@ -23,7 +26,7 @@ class World(scenes.Scenes):
 def pieces(mesh, size=0.02):
     """Flow-OPD on a tiny model; `size`: of adapters, and of what teachers differ by."""
     config = flow_opd.get_config("tiny")
-    model = scenes.module(config)
+    model = scenes.module(config).clone(**HEADS)
     params = scenes.init_params(model, 0)
     params = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     backbone = scenes.place(params, mesh)

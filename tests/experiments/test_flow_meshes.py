@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from flow_pieces import one, pieces
+from flax.traverse_util import flatten_dict
+from flow_pieces import HEADS, one, pieces
 from meshes import TENSOR, exhaustive
 
 from configs import flow_opd, scenes_base
@@ -18,6 +19,8 @@ MESHES = [
     pytest.param(TENSOR, id="data2-fsdp2-tensor2"),
     exhaustive({"data": 8}, id="data8"),
     exhaustive({"data": 2, "fsdp": 4}, id="data2-fsdp4"),
+    exhaustive({"data": 2, "tensor": 4}, id="data2-tensor4"),
+    exhaustive({"tensor": 8}, id="tensor8"),  # more than there are heads
 ]
 METHODS = ("flow_opd", "flow_grpo", "awm", "offline")
 
@@ -87,10 +90,25 @@ def test_parameters_are_split_over_fsdp_and_gathered_a_layer_at_a_time():
     assert sent["all-to-all"].bytes < 1e3, "activations stay where their records are"
 
 
+def test_layers_are_split_over_tensor_and_none_is_gathered():
+    """Megatron's exchange: the sums of what the parts of a layer give, and the vectors of modulation."""
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+    state, update, arguments = base_update(mesh)
+    inside = [
+        leaf
+        for path, leaf in flatten_dict(state.params, sep="/").items()
+        if path.endswith("kernel") and path.startswith(("blocks", "norm_out"))
+    ]
+    assert all(4 * leaf.addressable_shards[0].data.size == leaf.size for leaf in inside)
+    sent = cost.cost_of(update.func.lower(*update.args, state, *arguments).compile().as_text(), devices=8).collectives
+    assert sent.keys() == {"all-gather", "all-reduce"}
+    assert sent["all-gather"].bytes < min(4 * leaf.size for leaf in inside), "of vectors alone, in the whole update"
+
+
 def base_update(mesh):
     """A state, an update of the base's pretraining, and what it is given."""
     config = pretraining.phase_of(scenes_base.get_config("tiny"), "web")
-    model = scenes.module(config)
+    model = scenes.module(config).clone(**HEADS)
     method, optimizer = pretraining.method(config, scenes.full_velocity(model))
     state = scenes.place(optim.init_state(scenes.place(scenes.init_params(model, 0), mesh), optimizer), mesh)
     captions = [text for texts in scenes.held_out(4, 0, False).values() for text in texts]
@@ -115,4 +133,5 @@ def base_losses(shape):
 
 def test_the_base_learns_the_same_on_one_device_and_on_eight():
     expected = base_losses(())
-    np.testing.assert_allclose(base_losses((("data", 2), ("fsdp", 4))), expected, rtol=1e-5)
+    for shape in ({"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        np.testing.assert_allclose(base_losses(tuple(shape.items())), expected, rtol=1e-5)

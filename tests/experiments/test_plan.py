@@ -387,7 +387,7 @@ def test_search_takes_the_fewest_parts_that_fit(capsys, monkeypatch):
 
 def test_search_tries_the_axes_that_an_experiment_splits_by_the_simplest_first():
     count = lambda module, only, plan_of: len(plan.meshes(tiny(only, {"data": 2}, module), plan_of, cpus(8)))
-    assert count(flow_opd, "flow_opd", plan_flow) == 4
+    assert count(flow_opd, "flow_opd", plan_flow) == 10
     assert count(vla_opd, "vla_opd", plan_vla) == 10
     assert count(uni_opd, "sampled", plan_uni) == 10, "its student reads pictures, whose rows are whole"
     assert count(lightning_opd, "online", plan_language) == 20

@@ -63,7 +63,7 @@ def load_mmdit(directory: str | Path, mesh: Mesh | None = None) -> tuple[MMDiT, 
 
     Args:
       directory: a local directory, such as the `transformer` folder of a Stable Diffusion 3.5 snapshot.
-      mesh: parameters are split over its axis `fsdp` by `mmdit.RULES`; None: the default device.
+      mesh: parameters are split over its axes `fsdp` and `tensor` by `mmdit.RULES`; None: the default device.
 
     Returns:
       `(module, params)`; parameters keep the stored data type; the module computes in float32, or as
