@@ -34,7 +34,7 @@ from configs import flow_opd as flow_config
 from experiments import flow_methods, latents, plan_models
 from experiments.latents import Prompt
 from opd_jax import flops, optim, report, rng
-from opd_jax.models import lora
+from opd_jax.models import attention, lora
 from opd_jax.models.hf import load_mmdit, save_mmdit
 from opd_jax.models.hf.mmdit import diffusers_name
 from opd_jax.models.mmdit import MMDiT
@@ -71,7 +71,8 @@ def settings_of(args):
     """The paper's config, with the sizes of this measurement."""
     config = flow_config.get_config("paper")
     with config.unlocked():
-        config.pipeline.update({"dtype": args.dtype, "remat": args.remat, "guidance": args.guidance})
+        config.pipeline.update({"dtype": args.dtype, "remat": args.remat})
+        config.pipeline.update({"attention": args.attention, "guidance": args.guidance})
         config.sampler.steps, config.lora.rank = args.steps, args.rank
         config.opd.update({"prompts": args.batch, "group": 1, "micro_batches": args.micro_batches})
         config.opd.update({"anchor_weight": 0.0, "steps": 1_000})
@@ -164,6 +165,7 @@ def arguments() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="", choices=CHOICES, help="what our blocks keep; the peer's then nothing")
+    parser.add_argument("--attention", default="flash", choices=attention.NAMES, help="ours; '': XLA's")
     parser.add_argument("--compile", action="store_true", help="the peer's transformer under torch.compile")
     parser.add_argument("--profile", default="", help="a folder, for a trace of one call of each of our rows")
     args = parser.parse_args()

@@ -36,6 +36,7 @@ from measures import Side, Work
 from experiments import language, plan_models, token_methods
 from opd_jax import flops, optim, report, rng
 from opd_jax.losses import opd
+from opd_jax.models import attention
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, save_decoder
 from opd_jax.models.remat import CHOICES
@@ -72,7 +73,7 @@ def save_models(folder: str, args) -> dict[str, str]:
 class Ours:
     def __init__(self, paths, prompts, args):
         dtype = jnp.dtype(args.dtype)
-        own = {"dtype": dtype, "attention": args.attention or None}
+        own = {"dtype": dtype, "attention": attention.kernel(args.attention)}
         student, self.params = load_decoder(paths["student"])
         teacher, self.teacher_params = load_decoder(paths["teacher"], dtype=dtype)
         self.modules = {"student": student, "teacher": teacher}
@@ -225,7 +226,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=None)
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--attention", default="", choices=["", "cudnn"], help="ours; cudnn: flash attention on a GPU")
+    parser.add_argument("--attention", default="flash", choices=attention.NAMES, help="ours; '': XLA's")
     parser.add_argument("--remat", default="", choices=CHOICES, help="ours: what blocks keep for the backward pass")
     parser.add_argument("--compile", action="store_true", help="the peer's models under torch.compile")
     parser.add_argument("--loss", default="plain", choices=["plain", "trl"], help="the peer's")

@@ -160,6 +160,7 @@ def _paper(config: ConfigDict) -> None:
         "guidance": 4.5,  # code: in sampling, student, teachers and evaluation; the paper does not state it
         "dtype": "bfloat16",  # of the transformer's products; code: float16
         "remat": "nothing",  # blocks keep nothing for the backward pass, and are computed again; or "", dots and so on
+        "attention": "",  # within rows: "" is XLA's, keeping [S, S]; "flash" the device's kernel (docs/scale.md)
         "embeddings": "embeddings",  # folder of what the text encoders make of the prompts; written at the first start
         "max_sequence_length": 128,  # tokens of T5, Flow-GRPO
         "encoders": {"dtype": "float32", "stored": "bfloat16", "device": "cpu", "batch_size": 16},  # they run in torch

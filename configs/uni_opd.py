@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "compute": {  # of models from directories; parameters that are trained are float32 in any case
             "dtype": "float32",  # of products and of the cache; or bfloat16
             "remat": "",  # what the student's blocks keep for the backward pass: "" all; nothing; dots (docs/scale.md)
+            "attention": "",  # within rows: "" is XLA's, keeping [S, S]; "flash" the device's kernel (docs/scale.md)
             "offload": False,  # True: moments and average wait in the host's memory between updates
             "sampling_copy": True,  # samplers read a copy that is whole over fsdp; False: gathered for every token
         },

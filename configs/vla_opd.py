@@ -81,6 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "opd_then_grpo": {"method": "grpo", "start": "vla_opd", "learning_rate": 5e-5},
             "flow": {"head": "flow"},
             "group_1": {"batch_size": 16, "group": 1},  # as many episodes
+            "group_2": {"batch_size": 8, "group": 2},
             "group_8": {"batch_size": 2, "group": 8},
         },
         "eval": {"episodes": 16, "seed": 1234},  # of each task, in scenes of the test split, the most probable bins

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from experiments import stages
 from opd_jax import hosts, sharding
 from opd_jax.config import ConfigError, fingerprint
-from opd_jax.models import remat
+from opd_jax.models import attention, remat
 from opd_jax.models.decoder import Decoder
 from opd_jax.models.hf import load_decoder, tokenizer_fingerprint
 from opd_jax.rewards import maths, verify
@@ -209,14 +209,17 @@ def kept_in(trained: bool) -> Any:
 
 
 def computing(module: Decoder, compute, trained: bool) -> Decoder:
-    """The same with the config's `compute`: the data type of products and, where it is trained, recomputed blocks."""
-    return module.clone(dtype=jnp.dtype(compute.dtype), remat=compute.remat if trained else "")
+    """The same with the config's `compute`: type of products, attention and, where it is trained, recomputed blocks."""
+    kernel = attention.kernel(compute.attention)
+    return module.clone(dtype=jnp.dtype(compute.dtype), attention=kernel, remat=compute.remat if trained else "")
 
 
 def check_compute(check, compute) -> None:
     known = ("float32", "bfloat16")
     check(compute.dtype in known, f"compute.dtype={compute.dtype!r}: choose {' or '.join(known)}")
     check(not (wrong := remat.mistake(compute.remat)), f"compute.{wrong}")
+    if compute.dtype in known:
+        check(not (wrong := attention.mistake(compute.attention, compute.dtype)), f"compute.{wrong}")
 
 
 # ---- sampling and scoring --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from experiments import flow_methods, latents_inputs, stages
 from opd_jax import data, hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError, fingerprint
+from opd_jax.models import attention
 from opd_jax.models.autoencoder import Autoencoder, latents_to_images
 from opd_jax.models.hf import load_autoencoder, load_mmdit, text_embeddings
 from opd_jax.models.mmdit import MMDiT
@@ -158,8 +159,8 @@ def _mean(scores: list[np.ndarray]) -> float:
 
 
 def computing(model: MMDiT, part) -> MMDiT:
-    """The transformer with the data type and the recomputed blocks of `config.pipeline`."""
-    return model.clone(dtype=jnp.dtype(part.dtype), remat=part.remat)
+    """The transformer with the data type, the attention and the recomputed blocks of `config.pipeline`."""
+    return model.clone(dtype=jnp.dtype(part.dtype), attention=attention.kernel(part.attention), remat=part.remat)
 
 
 def shape_of(model: MMDiT, autoencoder: Autoencoder, part) -> tuple[int, int, int]:

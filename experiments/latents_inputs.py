@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opd_jax.config import ConfigError
-from opd_jax.models import remat
+from opd_jax.models import attention, remat
 from opd_jax.models.hf import autoencoder_of, load_lora, load_shift, mmdit_of, text_embeddings, text_encoders
 from opd_jax.models.hf import mmdit as hf_mmdit
 from opd_jax.models.hf.tensor_files import TensorFiles, read_json
@@ -111,6 +111,8 @@ def mistakes(config) -> list[str]:
         if value not in known:
             lines.append(f"pipeline.{name}={value!r}: choose one of {', '.join(known)}")
     if wrong := remat.mistake(part.remat):
+        lines.append(f"pipeline.{wrong}")
+    if part.dtype in DTYPES and (wrong := attention.mistake(part.attention, part.dtype)):
         lines.append(f"pipeline.{wrong}")
     if not 1 <= part.max_sequence_length <= (longest := text_encoders.LONGEST):
         lines.append(f"pipeline.max_sequence_length={part.max_sequence_length}: choose 1 to {longest}")

@@ -34,6 +34,7 @@ from opd_jax import config as config_lib
 from opd_jax.chips import GIB, Roofline, Topology
 from opd_jax.config import ConfigError
 from opd_jax.cost import Cost, Memory
+from opd_jax.models import attention
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file under configs/, with `:variant` if wanted.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to plan for, such as v5p:4x4x4, v6e:2x2 or h100:8.")
@@ -300,6 +301,14 @@ def checked(config, topology: str | None):
     return config
 
 
+def with_kernels(config, where: Topology) -> None:
+    """`attention="flash"` as a run on these chips has it; cuDNN's cannot be compiled here, and is planned as XLA's."""
+    for part in (config.get(name) for name in ("compute", "pipeline", "student")):
+        if part and part.get("attention"):
+            with config.unlocked():
+                part.attention = attention.kernel(part.attention, "tpu") if where.exact else ""
+
+
 def variant_of(arguments: list[str]) -> str:
     """What stands behind the colon of `--config=FILE:variant`."""
     spec = next((arg for arg in arguments if re.match(r"--?config=", arg)), "")
@@ -317,6 +326,7 @@ def main(argv) -> None:
     if kind not in chips.TPUS:
         jax.config.update("jax_num_cpu_devices", count)
     where = chips.topology(_TOPOLOGY.value)
+    with_kernels(config, where)
     if _SEARCH.value:
         sys.exit(0 if search(config, where, _PROGRAMS.value, _PRICE.value) else 1)
     sys.exit(0 if plan_run(config, where) else 1)

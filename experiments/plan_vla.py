@@ -10,7 +10,7 @@ from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
 from experiments.reasoning_stages import arm_recipe
 from opd_jax import sharding
 from opd_jax.losses import vla_opd
-from opd_jax.models import vla
+from opd_jax.models import attention, vla
 from opd_jax.models.decoder import partition_rules
 from opd_jax.models.vla import Observation
 from opd_jax.types import ActionLabels, EpisodeRollout
@@ -33,7 +33,8 @@ class Setup:
         )
         if self.published:
             published = plan_models.policy_of(part.path)
-            self.module = vla.with_fields(published, dtype=jnp.dtype(part.dtype), remat=part.remat)
+            fields = {"dtype": jnp.dtype(part.dtype), "remat": part.remat}
+            self.module = vla.with_fields(published, attention.kernel(part.attention), **fields)
             side, hand = self.module.towers[0].image_size, libero.PROPRIOCEPTION_DIMS * part.proprioception
             self.example = Observation(
                 jax.ShapeDtypeStruct((1, part.cameras, side, side, 3), jnp.uint8),

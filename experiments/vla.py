@@ -14,7 +14,7 @@ from experiments.vla_stages import BASES, WORLDS, Experiment
 from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
-from opd_jax.models import remat
+from opd_jax.models import attention, remat
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
 METHODS = ("opd", "grpo", "sft")
@@ -34,8 +34,9 @@ def validate(config, mesh) -> None:
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
         check(0 <= config.floor < 1, f"floor={config.floor}: give a share below 1")
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
-        wrong = remat.mistake(config.student.get("remat", ""))
-        check(not wrong, f"student.{wrong}")
+        part = config.student
+        for wrong in (remat.mistake(part.remat), attention.mistake(part.attention, part.dtype)):
+            check(not wrong, f"student.{wrong}")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
         uneven = sharding.uneven(config.sft.batch_size, mesh)

@@ -14,7 +14,7 @@ from experiments import stages
 from experiments.vla_policies import Kit, Robot
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError
-from opd_jax.models import action_tokens, vla
+from opd_jax.models import action_tokens, attention, vla
 from opd_jax.models.action_tokens import Statistics
 from opd_jax.models.hf import load_openvla, openvla_inputs
 from opd_jax.models.hf.openvla import OpenVla
@@ -47,7 +47,8 @@ def kit(config, robot: Robot, mesh) -> Kit:
     if config.teacher.path:
         taught = read(config, "teacher", robot, mesh)
         check_alike(student, taught, config.teacher.path)
-    module = vla.with_fields(student.model.module, dtype=jnp.dtype(part.dtype), remat=part.remat)
+    fields = {"dtype": jnp.dtype(part.dtype), "remat": part.remat}
+    module = vla.with_fields(student.model.module, attention.kernel(part.attention), **fields)
     words, felt = dict(zip(robot.instructions, student.ids)), None
     if part.proprioception:
         felt = student.model.proprioception[student.data_set]

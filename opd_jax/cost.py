@@ -107,7 +107,8 @@ def cost_of(text: str, trips: int = 1, devices: int = 1) -> Cost:
     | case | result |
     | --- | --- |
     | a scan in a scan | counts multiply |
-    | a library call (`custom-call`), such as a kernel of Pallas or cuDNN | no FLOPs; its operands' and result's bytes |
+    | attention of `models.splash` | its matrix products, of whole blocks as if there were one segment; bytes as below |
+    | another library call (`custom-call`), of Pallas or cuDNN | no FLOPs; its operands' and result's bytes |
     """
     program = hlo.parse(text)
     whole = _Counter(program, trips, devices).total(program.entry, False)
@@ -274,7 +275,17 @@ def _flops(one: Instruction, operands) -> float:
         return 2.0 * one.shapes[0].elements * operands[0][0].dims[-1]
     if one.opcode == "convolution":
         return _convolution_flops(one, operands[0][0].dims, operands[1][0].dims)
+    if one.opcode == "custom-call" and (kernel := re.match(r"splash_mha_(fwd|dq|dkv)_", one.name)):
+        return _splash_flops(kernel[1], [shape for shapes in operands for shape in shapes])
     return 0.0
+
+
+def _splash_flops(kernel: str, operands: list[Shape]) -> float:
+    """Products of every query with every key of its row and head; of a causal mask half: others it skips."""
+    queries = max((shape for shape in operands if shape.dtype in ("bf16", "f32")), key=lambda shape: shape.elements)
+    # it makes a causal mask from places of queries, which all rows share
+    causal = any(shape.dtype == "s32" and len(shape.dims) == 2 for shape in operands)
+    return 2.0 * {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * queries.elements * queries.dims[-2] / (1 + causal)
 
 
 def _convolution_flops(one: Instruction, image: tuple[int, ...], kernel: tuple[int, ...]) -> float:

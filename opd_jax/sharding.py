@@ -80,6 +80,11 @@ def _automatic(name: str, mesh: Mesh | AbstractMesh | None = None) -> bool:
     return dict(zip(mesh.axis_names, mesh.axis_types)).get(name) == AxisType.Auto
 
 
+def automatic_axes() -> set[str]:
+    """All axes of the current mesh that are left to XLA."""
+    return {name for name in jax.sharding.get_abstract_mesh().axis_names if _automatic(name)}
+
+
 def record_parts(mesh: Mesh | AbstractMesh | None = None) -> int:
     """How many parts records split into."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -151,7 +156,7 @@ def over_records(x: Float[Array, "*tokens D"], records: int) -> Float[Array, "*t
 
 
 def over_width(x: Float[Array, "N W"], records: int, units: int) -> Float[Array, "N W"]:
-    """`over_records` for the inside of a layer, of so many heads or neurons, which `tensor` splits where they divide."""
+    """`over_records` inside a layer of so many heads or neurons, which `tensor` splits where they divide."""
     if not _automatic(HEADS) or head_parts(units) == 1 or (records > 1 and records % record_parts()):
         return over_records(x, records)
     rows = record_axes() or None

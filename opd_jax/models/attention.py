@@ -1,4 +1,6 @@
-"""Attention of language models over the tokens of a row, or over a cache of keys and values that decoding extends.
+"""Attention over the tokens of a row, or over a cache of keys and values that decoding extends.
+
+Within a row it is XLA's, which keeps the probabilities, `[B, heads, S, S]`, or one of the kernels `FLASH`.
 
 The heads of a cache lie side by side, `[layers, B, slots, kv_heads * head_dim]`. Where a TPU's program has heads as an
 axis of a product, its compiler first copies keys and values of the layer into another order, for every token: three
@@ -16,6 +18,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from opd_jax import sharding
+from opd_jax.models.splash import splash
+
+FLASH = {"tpu": "splash", "gpu": "cudnn"}  # of a platform, the kernel that keeps no probabilities
+NAMES = ("", "flash", *FLASH.values())
 
 
 class Cache(NamedTuple):
@@ -40,7 +46,7 @@ def attend(
     q: Float[Array, "B S heads head_dim"],
     k: Float[Array, "B S kv_heads head_dim"],
     v: Float[Array, "B S kv_heads head_dim"],
-    mask: Bool[Array, "B 1 S seen"] | None,
+    segments: Int[Array, "B S"] | None,
     *,
     causal: bool = True,
     implementation: str | None = None,
@@ -49,13 +55,37 @@ def attend(
     """Attention within rows. Softmax in float32.
 
     Args:
-        mask: who may see whom, but for causality.
-        implementation: of `jax.nn.dot_product_attention`.
-        split: whether the mesh splits the tokens of a row: then queries stay where they are, and see whole rows.
+        segments: tokens see those of their own segment; None: of the row.
+        causal: and of these, those before them and themselves.
+        implementation: None is XLA's; "splash" a kernel of TPUs; "cudnn" of NVIDIA GPUs, for types of 16 bits and
+            `head_dim` a multiple of 8, where segments still cost a mask of `[B, 1, S, S]`.
+        split: whether the mesh splits the tokens of a row: then queries stay where they are, see whole rows, and
+            attention is XLA's in place of "splash".
     """
+    if implementation == "splash" and not split:
+        return splash(q, k, v, segments, causal=causal)
     if split:
         q, k, v = sharding.over_tokens(q), sharding.whole_rows(k), sharding.whole_rows(v)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
+    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+    of_jax = None if implementation == "splash" else implementation
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=of_jax)
+
+
+def kernel(name: str, platform: str | None = None) -> str | None:
+    """The implementation of a config's `attention`, on a platform or this process's own: "flash" is what that has."""
+    return (FLASH.get(platform or jax.default_backend()) if name == "flash" else name) or None
+
+
+def mistake(name: str, dtype: str) -> str:
+    """What is wrong with a config's `attention`, for products in `dtype` on this process's own platform; or ""."""
+    if name not in NAMES:
+        return f"attention={name!r}: choose one of {', '.join(map(repr, NAMES))}"
+    here, chosen = jax.default_backend(), kernel(name)
+    if chosen and chosen != FLASH.get(here):
+        return f"attention={name!r}: no kernel of {here}; choose 'flash', which is the platform's own, or ''"
+    if chosen == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        return f"attention={name!r}: cuDNN's is for types of 16 bits; choose dtype=bfloat16, or attention=''"
+    return ""
 
 
 def extend(
@@ -66,14 +96,12 @@ def extend(
     k: Float[Array, "B S kv_heads head_dim"],
     v: Float[Array, "B S kv_heads head_dim"],
     mask: Bool[Array, "B 1 S slots"],
-    *,
-    implementation: str | None = None,
 ) -> tuple[Float[Array, "B S heads head_dim"], Cache]:
     """Writes keys and values into their slots of a layer, then attends to all slots that `mask` lets queries see."""
     flat = lambda heads: heads.reshape(*heads.shape[:2], -1)
     cache = Cache(*(write_slots(old, layer, positions, flat(new)) for old, new in zip(cache, (k, v))))
     seen, kv_heads = (q, cache.k[layer], cache.v[layer], mask), k.shape[2]
-    default = functools.partial(by_heads, kv_heads, implementation)
+    default = functools.partial(by_heads, kv_heads)
     if q.shape[1] > 1 or kv_heads == 1:
         return default(*seen), cache
     tpu = functools.partial(by_flat_heads, kv_heads)
@@ -82,7 +110,6 @@ def extend(
 
 def by_heads(
     kv_heads: int,
-    implementation: str | None,
     q: Float[Array, "B S heads head_dim"],
     k: Float[Array, "B slots width"],
     v: Float[Array, "B slots width"],
@@ -90,7 +117,7 @@ def by_heads(
 ) -> Float[Array, "B S heads head_dim"]:
     """Attention to heads that lie side by side, as `jax.nn.dot_product_attention` has it."""
     k, v = (one.reshape(*one.shape[:2], kv_heads, -1) for one in (k, v))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def by_flat_heads(

@@ -55,9 +55,8 @@ class Decoder(nn.Module):
     `method="hidden"` gives the states before the output projection, `method="decode"` extends a `Cache`.
 
     Parameters are float32 (or as loaded) and `dtype` is that of matrix products and of the cache; norms, rotations
-    and softmax are float32, and so are logits. `attention` goes to `jax.nn.dot_product_attention`: None is jax's choice
-    (in jax 0.10 always XLA, whose memory grows with S^2), "cudnn" flash attention (NVIDIA, a `dtype` of 16 bits,
-    `head_dim` a multiple of 8); there `segment_ids` still cost a mask of [B, 1, S, S].
+    and softmax are float32, and so are logits. `attention` is `attention.attend`'s `implementation` within rows: None
+    XLA's, whose memory grows with S^2, "splash" and "cudnn" are the flash attention of TPUs and of NVIDIA GPUs.
 
     | case | result |
     | --- | --- |
@@ -123,10 +122,10 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
         """The states after the final norm, in `dtype`: `logits = hidden @ head(params)`, for losses without logits."""
-        positions, mask = packing(tokens, segment_ids)
+        positions = places_in(tokens, segment_ids)
         split = sharding.token_axis(tokens.shape[1])
         x = self.embed_tokens(sharding.over_tokens(tokens)).astype(self.dtype) if split else self.embed(tokens)
-        return self.states(x, positions[..., None], positions, mask)[0]
+        return self.states(x, positions[..., None], positions, segment_ids)[0]
 
     def decode(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
@@ -163,7 +162,7 @@ class Decoder(nn.Module):
         x: Float[Array, "*tokens D"],
         places: Int[Array, "B S #half"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B 1 S S"] | None = None,
+        segments: Int[Array, "B S"] | None = None,
         cache: Cache | None = None,
         added: Float[Array, "n N D"] | None = None,
         causal: bool = True,
@@ -174,10 +173,10 @@ class Decoder(nn.Module):
           x: embeddings of B * S tokens, flat, or `[B, S, D]`.
           places: where the rope places a token: one position, or one for each pair of a head's dimensions.
           positions: the slots of the cache that tokens are written to, and that queries see up to.
-          mask: who may see whom but for causality; with a cache there is none.
+          segments: tokens see those of their own segment; None: of the row. With a cache there are none.
           cache: as in `decode`.
           added: to the states after each of the first n layers (DeepStack, arXiv 2406.04334).
-          causal: False, only without a cache: all see all that `mask` lets them see.
+          causal: False, only without a cache: all tokens of a segment see each other.
         """
         length = positions.shape[1] if cache is None else cache.k.shape[2]
         if self.rope.kind == "dynamic" and length > (most := self.rope.original_max_positions):
@@ -185,9 +184,8 @@ class Decoder(nn.Module):
             raise ValueError(f"{says}; use shorter sequences or a yarn rope")
         frequencies, scale = self.rope.frequencies(self.head_dim)
         angles = places.astype(jnp.float32) * frequencies[None, None]
-        if cache is not None:
-            mask = attention.seen_slots(length, positions)
-        context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, mask, added)
+        mask = None if cache is None else attention.seen_slots(length, positions)
+        context = _Context(scale * jnp.cos(angles), scale * jnp.sin(angles), positions, segments, mask, added)
         (x, cache), _ = self.layers((x, cache), jnp.arange(self.num_layers), context, causal)
         return self.norm(x).reshape(*positions.shape, self.width), cache
 
@@ -236,7 +234,8 @@ class _Context(NamedTuple):
     cos: Float[Array, "B S half"]
     sin: Float[Array, "B S half"]
     positions: Int[Array, "B S"]
-    mask: Bool[Array, "B 1 S slots"] | None  # True may be seen; without a cache, causality is added
+    segments: Int[Array, "B S"] | None  # without a cache
+    mask: Bool[Array, "B 1 S slots"] | None  # of a cache's slots; True may be seen
     added: Float[Array, "n N D"] | None  # to the states after each of the first n layers
 
 
@@ -279,11 +278,11 @@ class _Attention(nn.Module):
         q = rotate(self._heads(x, "q", num_heads, context), context.cos, context.sin)
         k = rotate(self._heads(x, "k", num_kv_heads, context), context.cos, context.sin)
         v = self._heads(x, "v", num_kv_heads, context)
-        seen = {"mask": context.mask, "implementation": self.implementation}
         if cache is None:
-            out = attention.attend(q, k, v, causal=causal, split=x.ndim == 3, **seen)
+            how = {"causal": causal, "split": x.ndim == 3, "implementation": self.implementation}
+            out = attention.attend(q, k, v, context.segments, **how)
         else:
-            out, cache = attention.extend(cache, layer, context.positions, q, k, v, **seen)
+            out, cache = attention.extend(cache, layer, context.positions, q, k, v, context.mask)
         return self.project_out(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:-1], -1)), cache
 
     def _heads(self, x: Array, which: str, count: int, context: _Context) -> Float[Array, "B S heads head_dim"]:
@@ -352,14 +351,14 @@ def _dot_float32(x: Array, y: Array, dimensions: Any, precision: Any = None) -> 
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def packing(tokens: Array, segment_ids: Array | None) -> tuple[Int[Array, "B S"], Bool[Array, "B 1 S S"] | None]:
-    """Positions that start again with each segment, and who may see whom but for causality."""
+def places_in(tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+    """Positions, which start again with each segment."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     if segment_ids is None:
-        return index, None
+        return index
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return index - first, segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return index - first
 
 
 def _check(module: Decoder) -> None:

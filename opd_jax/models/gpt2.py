@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import sharding
 from opd_jax.models import attention
 from opd_jax.models.attention import Cache
-from opd_jax.models.decoder import NORMAL, Embed, packing
+from opd_jax.models.decoder import NORMAL, Embed, places_in
 from opd_jax.models.remat import block_of
 from opd_jax.sharding import over_records, over_tokens, token_axis
 
@@ -88,12 +88,12 @@ class GPT2(nn.Module):
 
     def hidden(self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None) -> Float[Array, "B S D"]:
         """The states after the final norm, in `dtype`: `logits = hidden @ head(params)`, for losses without logits."""
-        positions, mask = packing(tokens, segment_ids)
+        positions = places_in(tokens, segment_ids)
         if segment_ids is None:
             self._check_length(tokens.shape[1])
         else:
             positions = jnp.where(segment_ids == 0, 0, positions)  # of long padding, beyond the learned ones
-        return self._states(tokens, _Context(positions, mask), None)[0]
+        return self._states(tokens, _Context(positions, segment_ids, None), None)[0]
 
     def decode(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
@@ -106,7 +106,7 @@ class GPT2(nn.Module):
         length = cache.k.shape[2]
         self._check_length(length)
         mask = attention.seen_slots(length, positions)
-        hidden, cache = self._states(tokens, _Context(positions, mask), cache)
+        hidden, cache = self._states(tokens, _Context(positions, None, mask), cache)
         return self.logits(hidden), cache
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
@@ -157,7 +157,8 @@ class _Context(NamedTuple):
     """What every layer attends by."""
 
     positions: Int[Array, "B S"]
-    mask: Bool[Array, "B 1 S slots"] | None  # True may be seen; without a cache, causality is added
+    segments: Int[Array, "B S"] | None  # without a cache
+    mask: Bool[Array, "B 1 S slots"] | None  # of a cache's slots; True may be seen
 
 
 class _Block(nn.Module):
@@ -186,11 +187,11 @@ class _Attention(nn.Module):
         positions, width = context.positions, x.shape[-1]
         qkv = self.project(3 * width, name="c_attn")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*positions.shape, 3, self.num_heads, -1), 2, 0)
-        seen = {"mask": context.mask, "implementation": self.implementation}
         if cache is None:
-            out = attention.attend(q, k, v, split=x.ndim == 3, **seen)
+            how = {"split": x.ndim == 3, "implementation": self.implementation}
+            out = attention.attend(q, k, v, context.segments, **how)
         else:
-            out, cache = attention.extend(cache, layer, positions, q, k, v, **seen)
+            out, cache = attention.extend(cache, layer, positions, q, k, v, context.mask)
         return self.project_out(width, name="c_proj")(out.reshape(*x.shape[:-1], width)), cache
 
 

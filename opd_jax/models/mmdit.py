@@ -7,6 +7,7 @@ diffusers' `SD3Transformer2DModel`: a regex such as `attn/(to_q|to_v)/kernel` na
 Dense layers see flattened tokens `[B*T, D]`: on CPU XLA's rank-3 form is slower (`benchmarks/flattened_dense.py`).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from opd_jax import sharding
+from opd_jax.models import attention
 from opd_jax.models.remat import block_of
 
 Tokens = Float[Array, "B T D"]
@@ -64,6 +66,7 @@ class MMDiT(nn.Module):
     qk_norm: str | None = "rms_norm"  # None for SD3.0
     sample_size: int | None = None  # latent side at which position steps are 1; None: pos_embed_max_size * patch_size
     dtype: Any = jnp.float32
+    attention: str | None = None  # `attention.attend`'s implementation; None: plain products
     remat: bool | str = ""  # what blocks keep for the backward pass (`models.remat`); "": everything
 
     @property
@@ -93,7 +96,7 @@ class MMDiT(nn.Module):
         block = block_of(_JointBlock, self.remat)
         for i in range(self.num_layers):
             dual, last = i in self.dual_attention_layers, i == self.num_layers - 1
-            sizes = self.num_heads, self.head_dim, dual, last, self.qk_norm is not None, self.dtype
+            sizes = self.num_heads, self.head_dim, dual, last, self.qk_norm is not None, self.dtype, self.attention
             x, c = block(*sizes, name=f"blocks_{i}")(x, c, emb)
 
         scale, shift = _modulation(self, emb, 2, "norm_out")
@@ -121,6 +124,7 @@ class _JointBlock(nn.Module):
     last: bool
     qk_norm: bool
     dtype: Any
+    attention: str | None
 
     @nn.compact
     def __call__(self, x: Tokens, c: Float[Array, "B L D"], emb: Float[Array, "B D"]):
@@ -130,7 +134,7 @@ class _JointBlock(nn.Module):
         else:
             c_shift, c_scale, c_gate, *c_mlp = _modulation(self, emb, 6, "norm1_context")
 
-        sizes = self.num_heads, self.head_dim, self.last, self.qk_norm, self.dtype
+        sizes = self.num_heads, self.head_dim, self.last, self.qk_norm, self.dtype, self.attention
         x_out, c_out = _Attention(*sizes, name="attn")(_modulate(x, shift, scale), _modulate(c, c_shift, c_scale))
         x_out = gate * x_out
         if self.dual:
@@ -155,6 +159,7 @@ class _Attention(nn.Module):
     last: bool
     qk_norm: bool
     dtype: Any
+    attention: str | None
 
     @nn.compact
     def __call__(self, x: Tokens, c: Float[Array, "B L D"] | None = None):
@@ -163,7 +168,8 @@ class _Attention(nn.Module):
         if c is not None:
             added = (self._heads(c, f"add_{n}_proj", f"norm_added_{n}") for n in "qkv")
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), added))
-        out = _attend(q, k, v).reshape(x.shape[0], -1, width)
+        attend = functools.partial(attention.attend, segments=None, causal=False, implementation=self.attention)
+        out = (attend if self.attention else _attend)(q, k, v).reshape(x.shape[0], -1, width)
         x = _narrowed(_dense(self, width, "to_out"), out[:, :length], self.num_heads)
         if c is not None and not self.last:
             c = _narrowed(_dense(self, width, "to_add_out"), out[:, length:], self.num_heads)

@@ -141,7 +141,7 @@ class Vla(nn.Module):
         self, observation: Observation, actions: Float[Array, "B n D"]
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B n D"]]:
         """The decoder's states of the last token before the actions, and of the actions."""
-        text, batch = self.language_model, len(actions)
+        text = self.language_model
         tokens = jnp.pad(observation.instruction, ((0, 0), (0, 1)), constant_values=self.end_token)
         words = jnp.where(tokens[..., None] != 0, text.embed(tokens).reshape(*tokens.shape, -1), 0)
         context = self._context(observation)
@@ -152,8 +152,8 @@ class Vla(nn.Module):
         seen = arrange(tokens != 0, *(jnp.ones(part.shape[:2], bool) for part in (context, actions)))
 
         positions = jnp.cumsum(seen, axis=1) - 1
-        mask = jnp.broadcast_to(seen[:, None, None], (batch, 1, *[seen.shape[1]] * 2))
-        states, _ = text.states(x.reshape(-1, text.width), positions[..., None], positions, mask, causal=False)
+        flat, segments = x.reshape(-1, text.width), seen.astype(jnp.int32)
+        states, _ = text.states(flat, positions[..., None], positions, segments, causal=False)
 
         first = seen.shape[1] - 1 - actions.shape[1]
         last = jnp.where(seen[:, :first], jnp.arange(first)[None], 0).max(axis=1)
@@ -192,10 +192,13 @@ class Vla(nn.Module):
         return logits.reshape(*states.shape[:2], NUM_BINS)
 
 
-def with_fields(module: Vla, **fields: Any) -> Vla:
-    """The same policy, its towers and its language model with other fields, such as `dtype` and `remat`."""
+def with_fields(module: Vla, attention: str | None = None, **fields: Any) -> Vla:
+    """The same policy, its towers and its language model with other fields, such as `dtype` and `remat`.
+
+    `attention` is the language model's alone; that of towers is XLA's.
+    """
     towers = tuple(tower.clone(**fields) for tower in module.towers)
-    return module.clone(towers=towers, language_model=module.language_model.clone(**fields))
+    return module.clone(towers=towers, language_model=module.language_model.clone(attention=attention, **fields))
 
 
 def tiny(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import sharding
 from opd_jax.models import attention, decoder, vision
 from opd_jax.models.attention import write_slots
-from opd_jax.models.decoder import Decoder, packing
+from opd_jax.models.decoder import Decoder, places_in
 from opd_jax.models.images import ImageBank
 from opd_jax.models.vision import Vision, VisionTower
 
@@ -91,12 +91,12 @@ class VLM(nn.Module):
         self, tokens: Int[Array, "B S"], bank: ImageBank, segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
         """The states after the final norm, in `dtype`: `logits = hidden @ head(params)`, for losses without logits."""
-        positions, mask = packing(tokens, segment_ids)
+        positions = places_in(tokens, segment_ids)
         seen = _look(tokens, bank, self.vocab_size, self.vision.merge_size)
         first = jnp.arange(tokens.shape[1])[None] - positions  # of each token's segment
         start = -jnp.take_along_axis(seen.before, first, axis=1)
         x, added = self._embed(tokens, bank, seen)
-        return self.language_model.states(x, self._places(seen, start), positions, mask, added=added)[0]
+        return self.language_model.states(x, self._places(seen, start), positions, segment_ids, added=added)[0]
 
     def decode(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache, bank: ImageBank

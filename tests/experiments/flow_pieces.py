@@ -10,7 +10,6 @@ from experiments import flow_opd as experiment
 from opd_jax import optim, rng, sharding
 from opd_jax.models import lora
 
-
 HEADS = {"num_heads": 4, "head_dim": 24}  # which an axis `tensor` of 2 or 4 divides
 
 

@@ -45,7 +45,7 @@ def test_flat_heads_are_heads(heads, kv_heads):
     given = seen(heads, kv_heads)
     expected = by_hand(*given, kv_heads)
     np.testing.assert_allclose(attention.by_flat_heads(kv_heads, *given), expected, atol=1e-6)
-    np.testing.assert_allclose(attention.by_heads(kv_heads, None, *given), expected, atol=1e-6)
+    np.testing.assert_allclose(attention.by_heads(kv_heads, *given), expected, atol=1e-6)
 
 
 def test_what_is_not_seen_changes_nothing_and_16_bits_are_near():
