@@ -1,5 +1,6 @@
 """Chips by name, the least time of a step on them, and programs compiled for those that are not here."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -121,6 +122,8 @@ def test_a_tpus_program_is_counted_by_hand_and_its_cycles_as_often_as_they_run(l
     assert line.bound == "compute" and line.seconds == pytest.approx(layers * 2 * size**3 / 197e12)
     assert line.seconds < expected < 4 * line.seconds
     assert expected / layers == pytest.approx(102.03e-6 / 4, rel=0.2)  # libtpu 0.0.52; one body, run `layers` times
+    unknown = re.sub(r'(estimated_cycles":")\d+', rf"\g<1>{2**63 - 1}", text)
+    assert found.cycles > 0 == cost.cost_of(unknown).cycles
 
 
 def _tiles(index: int):
