@@ -73,8 +73,8 @@ def save_models(folder: str, args) -> dict[str, str]:
 class Ours:
     def __init__(self, paths, prompts, args):
         dtype = jnp.dtype(args.dtype)
-        own = {"dtype": dtype, "attention": attention.kernel(args.attention)}
         student, self.params = load_decoder(paths["student"])
+        own = {"dtype": dtype, "attention": attention.kernel(args.attention, student.head_dim)}
         teacher, self.teacher_params = load_decoder(paths["teacher"], dtype=dtype)
         self.modules = {"student": student, "teacher": teacher}
         student, teacher = student.clone(remat=args.remat, **own), teacher.clone(**own)

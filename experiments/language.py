@@ -210,7 +210,7 @@ def kept_in(trained: bool) -> Any:
 
 def computing(module: Decoder, compute, trained: bool) -> Decoder:
     """The same with the config's `compute`: type of products, attention and, where it is trained, recomputed blocks."""
-    kernel = attention.kernel(compute.attention)
+    kernel = attention.kernel(compute.attention, module.head_dim)
     return module.clone(dtype=jnp.dtype(compute.dtype), attention=kernel, remat=compute.remat if trained else "")
 
 

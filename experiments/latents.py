@@ -160,7 +160,8 @@ def _mean(scores: list[np.ndarray]) -> float:
 
 def computing(model: MMDiT, part) -> MMDiT:
     """The transformer with the data type, the attention and the recomputed blocks of `config.pipeline`."""
-    return model.clone(dtype=jnp.dtype(part.dtype), attention=attention.kernel(part.attention), remat=part.remat)
+    kernel = attention.kernel(part.attention, model.head_dim)
+    return model.clone(dtype=jnp.dtype(part.dtype), attention=kernel, remat=part.remat)
 
 
 def shape_of(model: MMDiT, autoencoder: Autoencoder, part) -> tuple[int, int, int]:

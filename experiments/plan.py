@@ -302,11 +302,20 @@ def checked(config, topology: str | None):
 
 
 def with_kernels(config, where: Topology) -> None:
-    """`attention="flash"` as a run on these chips has it; cuDNN's cannot be compiled here, and is planned as XLA's."""
-    for part in (config.get(name) for name in ("compute", "pipeline", "student")):
-        if part and part.get("attention"):
-            with config.unlocked():
-                part.attention = attention.kernel(part.attention, "tpu") if where.exact else ""
+    """`attention` as a run on these chips has it; cuDNN's cannot be compiled here, and is planned as XLA's.
+
+    Raises: ConfigError: they have no such kernel.
+    """
+    platform = "tpu" if where.exact else "gpu"
+    for name in ("compute", "pipeline", "student"):
+        if not (part := config.get(name)) or not part.get("attention"):
+            continue
+        if wrong := attention.mistake(part.attention, part.dtype, platform):
+            raise ConfigError(f"{name}.{wrong}")
+        with config.unlocked():
+            part.attention = attention.FLASH["tpu"] if where.exact else ""
+        if not where.exact:
+            print(f"{name}.attention: planned as XLA's, for cuDNN's kernel cannot be compiled here")
 
 
 def variant_of(arguments: list[str]) -> str:

@@ -33,8 +33,9 @@ class Setup:
         )
         if self.published:
             published = plan_models.policy_of(part.path)
-            fields = {"dtype": jnp.dtype(part.dtype), "remat": part.remat}
-            self.module = vla.with_fields(published, attention.kernel(part.attention), **fields)
+            kernel = attention.kernel(part.attention, published.language_model.head_dim)
+            fields = {"dtype": jnp.dtype(part.dtype), "attention": kernel, "remat": part.remat}
+            self.module = vla.with_fields(published, **fields)
             side, hand = self.module.towers[0].image_size, libero.PROPRIOCEPTION_DIMS * part.proprioception
             self.example = Observation(
                 jax.ShapeDtypeStruct((1, part.cameras, side, side, 3), jnp.uint8),

@@ -18,6 +18,7 @@ from opd_jax.models import attention, remat
 
 BEFORE = {"bins": "student, before", "flow": "flow student, before"}
 METHODS = ("opd", "grpo", "sft")
+DTYPES = ("float32", "bfloat16")  # of products
 LOGGED = ("reverse_kl", "student_entropy", "loss", *NOISE)
 COSTS = ("environment_steps", "teacher_queries", "seconds")
 
@@ -35,8 +36,10 @@ def validate(config, mesh) -> None:
         check(0 <= config.floor < 1, f"floor={config.floor}: give a share below 1")
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
         part = config.student
-        for wrong in (remat.mistake(part.remat), attention.mistake(part.attention, part.dtype)):
-            check(not wrong, f"student.{wrong}")
+        check(not (wrong := remat.mistake(part.remat)), f"student.{wrong}")
+        check(part.dtype in DTYPES, f"student.dtype={part.dtype!r}: choose {' or '.join(DTYPES)}")
+        if part.path and part.dtype in DTYPES:
+            check(not (wrong := attention.mistake(part.attention, part.dtype)), f"student.{wrong}")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
         uneven = sharding.uneven(config.sft.batch_size, mesh)

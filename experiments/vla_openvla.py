@@ -47,8 +47,9 @@ def kit(config, robot: Robot, mesh) -> Kit:
     if config.teacher.path:
         taught = read(config, "teacher", robot, mesh)
         check_alike(student, taught, config.teacher.path)
-    fields = {"dtype": jnp.dtype(part.dtype), "remat": part.remat}
-    module = vla.with_fields(student.model.module, attention.kernel(part.attention), **fields)
+    kernel = attention.kernel(part.attention, student.model.module.language_model.head_dim)
+    fields = {"dtype": jnp.dtype(part.dtype), "attention": kernel, "remat": part.remat}
+    module = vla.with_fields(student.model.module, **fields)
     words, felt = dict(zip(robot.instructions, student.ids)), None
     if part.proprioception:
         felt = student.model.proprioception[student.data_set]

@@ -107,7 +107,7 @@ def cost_of(text: str, trips: int = 1, devices: int = 1) -> Cost:
     | case | result |
     | --- | --- |
     | a scan in a scan | counts multiply |
-    | attention of `models.splash` | its matrix products, of whole blocks as if there were one segment; bytes as below |
+    | splash attention (`models.flash`) | products of its blocks, as if there were one segment; bytes as below |
     | another library call (`custom-call`), of Pallas or cuDNN | no FLOPs; its operands' and result's bytes |
     """
     program = hlo.parse(text)
@@ -282,11 +282,13 @@ def _flops(one: Instruction, operands) -> float:
 
 
 def _splash_flops(kernel: str, operands: list[Shape]) -> float:
-    """Products of every query with every key of its row and head; of a causal mask half: others it skips."""
+    """Products of all queries with all keys, in blocks; of n blocks of queries a causal mask leaves (n + 1) / 2n."""
     queries = max((shape for shape in operands if shape.dtype in ("bf16", "f32")), key=lambda shape: shape.elements)
-    # it makes a causal mask from places of queries, which all rows share
-    causal = any(shape.dtype == "s32" and len(shape.dims) == 2 for shape in operands)
-    return 2.0 * {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * queries.elements * queries.dims[-2] / (1 + causal)
+    # int32 are two arrays of segments, if any, and the places of queries, by which alone it knows what is causal
+    causal = sum(shape.dtype == "s32" for shape in operands) % 2
+    blocks = next(shape.dims[-1] for shape in operands if shape.dtype == "s8")
+    share = (blocks + 1) / (2 * blocks) if causal else 1.0
+    return 2.0 * {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * queries.elements * queries.dims[-2] * share
 
 
 def _convolution_flops(one: Instruction, image: tuple[int, ...], kernel: tuple[int, ...]) -> float:

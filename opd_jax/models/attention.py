@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from opd_jax import sharding
-from opd_jax.models.splash import splash
+from opd_jax.config import ConfigError
+from opd_jax.models.flash import flash, same_segment
 
 FLASH = {"tpu": "splash", "gpu": "cudnn"}  # of a platform, the kernel that keeps no probabilities
 NAMES = ("", "flash", *FLASH.values())
@@ -57,30 +58,35 @@ def attend(
     Args:
         segments: tokens see those of their own segment; None: of the row.
         causal: and of these, those before them and themselves.
-        implementation: None is XLA's; "splash" a kernel of TPUs; "cudnn" of NVIDIA GPUs, for types of 16 bits and
-            `head_dim` a multiple of 8, where segments still cost a mask of `[B, 1, S, S]`.
+        implementation: None is XLA's; "splash" and "cudnn" are kernels of `flash`.
         split: whether the mesh splits the tokens of a row: then queries stay where they are, see whole rows, and
-            attention is XLA's in place of "splash".
+            attention is XLA's.
     """
-    if implementation == "splash" and not split:
-        return splash(q, k, v, segments, causal=causal)
+    if implementation and not split:
+        return flash(q, k, v, segments, causal=causal, kernel=implementation)
     if split:
         q, k, v = sharding.over_tokens(q), sharding.whole_rows(k), sharding.whole_rows(v)
-    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-    of_jax = None if implementation == "splash" else implementation
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=of_jax)
+    mask = None if segments is None else same_segment(segments)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
 
 
-def kernel(name: str, platform: str | None = None) -> str | None:
-    """The implementation of a config's `attention`, on a platform or this process's own: "flash" is what that has."""
-    return (FLASH.get(platform or jax.default_backend()) if name == "flash" else name) or None
+def kernel(name: str, head_dim: int, platform: str | None = None) -> str | None:
+    """The implementation of a config's `attention`, on a platform or this process's own: "flash" is what that has.
+
+    Raises: ConfigError: cuDNN's has no such heads.
+    """
+    chosen = (FLASH.get(platform or jax.default_backend()) if name == "flash" else name) or None
+    if chosen == "cudnn" and (head_dim % 8 or head_dim > 128):
+        raise ConfigError(f"attention={name!r}: cuDNN's is not for heads of {head_dim}; choose attention=''")
+    return chosen
 
 
-def mistake(name: str, dtype: str) -> str:
-    """What is wrong with a config's `attention`, for products in `dtype` on this process's own platform; or ""."""
+def mistake(name: str, dtype: str, platform: str | None = None) -> str:
+    """What is wrong with a config's `attention`, for products in `dtype` on a platform or this process's own; or ""."""
     if name not in NAMES:
         return f"attention={name!r}: choose one of {', '.join(map(repr, NAMES))}"
-    here, chosen = jax.default_backend(), kernel(name)
+    here = platform or jax.default_backend()
+    chosen = FLASH.get(here) if name == "flash" else name
     if chosen and chosen != FLASH.get(here):
         return f"attention={name!r}: no kernel of {here}; choose 'flash', which is the platform's own, or ''"
     if chosen == "cudnn" and jnp.dtype(dtype).itemsize != 2:

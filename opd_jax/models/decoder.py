@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     | --- | --- |
     | records padded on the right | `segment_ids=None`: no token sees what follows it, so nothing but padding sees it |
     | several records in a row | `segment_ids` 1, 2, ... in contiguous runs, 0 = padding: as if each were alone |
-    | a token id of `vocab_size` or more | all logits of its row are NaN |
+    | a token id of `vocab_size` or more | all logits of its row are NaN; with "splash" those from it on |
 
     Raises: ValueError where heads do not divide into groups, `head_dim` is odd, the rope is unknown, or a sequence is
     longer than a `dynamic` rope allows.

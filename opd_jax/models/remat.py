@@ -6,10 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+ATTENTION = "attention"  # name of what a kernel of `models.flash` keeps
+_DOTS = jax.checkpoint_policies.checkpoint_dots
+_KERNELS = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 # What is kept of a block beside its input, by name; all else is computed again.
 POLICIES = {
     "nothing": None,  # least memory; the forward pass of every block runs twice, but for its last product
-    "dots": jax.checkpoint_policies.checkpoint_dots,  # results of all products, those of attention too
+    # results of all products, those of attention too
+    "dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _KERNELS),
     "dots_with_no_batch_dims": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # but those of attention
 }
 CHOICES = ("", *POLICIES)  # "": everything is kept, nothing computed again

@@ -8,7 +8,7 @@ the whole chunk is decoded in parallel. The sequence of B records is that of its
     end of text
 
 Cameras share the towers and are told apart by their positions. A tower of `Keypoints` reads the instruction and has K
-points in the place of patches. Padding of the instruction is seen by nobody and takes up no position. There are two
+points in the place of patches. Padding of the instruction is seen by padding alone and takes up no position. There are two
 heads, by method; a tree of parameters has what the method it was initialised for needs:
 
 | method | action tokens | result |
@@ -48,7 +48,7 @@ class Observation(NamedTuple):
 
     images: UInt8[Array, "B C height width 3"]  # of C cameras, always in the same order; C = 0: it has none
     proprioception: Float[Array, "B P"]  # normalised; P = 0: the policy has none
-    instruction: Int[Array, "B L"]  # token ids, 0 is padding, which is seen by nobody; the first is BOS, or a word
+    instruction: Int[Array, "B L"]  # token ids, 0 is padding, which no other token sees; the first is BOS, or a word
 
 
 class Vla(nn.Module):
@@ -192,13 +192,14 @@ class Vla(nn.Module):
         return logits.reshape(*states.shape[:2], NUM_BINS)
 
 
-def with_fields(module: Vla, attention: str | None = None, **fields: Any) -> Vla:
+def with_fields(module: Vla, **fields: Any) -> Vla:
     """The same policy, its towers and its language model with other fields, such as `dtype` and `remat`.
 
     `attention` is the language model's alone; that of towers is XLA's.
     """
-    towers = tuple(tower.clone(**fields) for tower in module.towers)
-    return module.clone(towers=towers, language_model=module.language_model.clone(attention=attention, **fields))
+    of_towers = {name: value for name, value in fields.items() if name != "attention"}
+    towers = tuple(tower.clone(**of_towers) for tower in module.towers)
+    return module.clone(towers=towers, language_model=module.language_model.clone(**fields))
 
 
 def tiny(

@@ -102,6 +102,22 @@ def test_an_online_arm_fits_or_does_not(capsys):
         assert words in plan.summary(few, 2, 3.0)
 
 
+def test_attention_is_planned_as_the_chips_have_it(capsys):
+    config = tiny("online", {"data": 1})
+    with config.unlocked():
+        config.compute.update({"attention": "flash", "dtype": "bfloat16"})
+    on_gpu = config.copy_and_resolve_references()
+    tpu = cpus(1)._replace(exact=True)
+    plan.with_kernels(config, tpu)
+    assert config.compute.attention == "splash"
+    plan.with_kernels(on_gpu, cpus(1))
+    assert on_gpu.compute.attention == "" and "planned as XLA's" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="compute.attention='cudnn': no kernel of tpu; choose 'flash'"):
+        with config.unlocked():
+            config.compute.attention = "cudnn"
+        plan.with_kernels(config, tpu)
+
+
 def test_an_offline_arm_has_a_store_to_write():
     config = tiny("lightning", {"data": 2})
     with config.unlocked():
