@@ -8,8 +8,8 @@ the whole chunk is decoded in parallel. The sequence of B records is that of its
     end of text
 
 Cameras share the towers and are told apart by their positions. A tower of `Keypoints` reads the instruction and has K
-points in the place of patches. Padding of the instruction is seen by padding alone and takes up no position. There are two
-heads, by method; a tree of parameters has what the method it was initialised for needs:
+points in the place of patches. Padding of the instruction is seen by itself alone and takes up no position. There are
+two heads, by method; a tree of parameters has what the method it was initialised for needs:
 
 | method | action tokens | result |
 | --- | --- | --- |

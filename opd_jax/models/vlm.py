@@ -64,7 +64,8 @@ class VLM(nn.Module):
     | an id beyond the bank, or beyond the tokens of its image | NaN |
     | a call with S = 1 (or images_per_row=0) whose token is an image's | NaN: a prompt must end with text |
 
-    NaN is in the states of the token, and by attention in all logits of its row (with "splash" in those from it on); other rows are as they would be.
+    NaN is in the states of the token, and by attention in all logits of its row (with "splash" in those from it on);
+    other rows are as they would be.
     """
 
     vision: Vision

@@ -112,7 +112,7 @@ def test_attention_is_planned_as_the_chips_have_it(capsys):
     assert config.compute.attention == "splash"
     plan.with_kernels(on_gpu, cpus(1))
     assert on_gpu.compute.attention == "" and "planned as XLA's" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="compute.attention='cudnn': no kernel of tpu; choose 'flash'"):
+    with pytest.raises(ConfigError, match=r"compute\.attention='cudnn': no kernel of tpu; choose 'flash'"):
         with config.unlocked():
             config.compute.attention = "cudnn"
         plan.with_kernels(config, tpu)
