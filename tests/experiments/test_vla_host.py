@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from changing import changed
+from ml_collections import ConfigDict
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -387,6 +388,17 @@ def test_a_run_from_demonstrations_to_report(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"expert", "base", "student, before", "vla_opd"} <= {row["model"] for row in summary["table"]}
     assert "Base: has practised" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_of_a_policy_with_a_flow_head_from_practice_to_report(tmp_path):
+    config = config_of(simulators__state=True)
+    steps = config.arms.vla_opd.to_dict() | {"head": "flow"}
+    config.arms = ConfigDict({"flow": steps})
+    vla.run(config, tmp_path, MESH)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["model"] for row in summary["table"]] == ["expert", "base flow", "flow student, before", "flow"]
+    assert len(list((tmp_path / "stages").glob("base_flow-*.safetensors"))) == 1
 
 
 @pytest.mark.slow
