@@ -169,6 +169,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="the peer's transformer under torch.compile")
     parser.add_argument("--profile", default="", help="a folder, for a trace of one call of each of our rows")
     args = parser.parse_args()
+    if wrong := attention.mistake(args.attention, args.dtype):
+        parser.error(wrong)
     for name, default in SHAPES[args.shape][1].items():
         setattr(args, name, getattr(args, name) or default)
     return args

@@ -232,6 +232,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loss", default="plain", choices=["plain", "trl"], help="the peer's")
     parser.add_argument("--profile", default="", help="a folder, for a trace of one call of each of our rows")
     args = parser.parse_args()
+    if wrong := attention.mistake(args.attention, args.dtype):
+        parser.error(wrong)
     for name, default in (SHAPES[args.shape][2] if args.shape else SMALL).items():
         setattr(args, name, getattr(args, name) or default)
     return args
