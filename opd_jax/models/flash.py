@@ -40,9 +40,9 @@ def flash(
         kernel: "splash", for TPUs; or "cudnn", for types of 16 bits and heads of at most 128, a multiple of 8.
         interpret: runs splash attention on any device, slowly; for tests.
     """
-    parts = sharding.head_parts(q.shape[2])
-    if times := math.lcm(parts, k.shape[2]) // k.shape[2] - 1:  # fewer heads of keys than devices
-        k, v = (jnp.repeat(x, times + 1, axis=2) for x in (k, v))
+    parts, kv_heads = sharding.head_parts(q.shape[2]), k.shape[2]
+    if kv_heads % parts:  # too few for all devices
+        k, v = (jnp.repeat(x, math.lcm(parts, kv_heads) // kv_heads, axis=2) for x in (k, v))
     rows = (sharding.record_axes() if q.shape[0] % sharding.record_parts() == 0 else ()) or None
     spec = PartitionSpec(rows, None, sharding.HEADS if parts > 1 else None, None)
     in_specs = spec, spec, spec, None if segments is None else PartitionSpec(rows, None)
