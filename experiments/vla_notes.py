@@ -62,9 +62,10 @@ def causes(experiment: Experiment, name: str, lines: Sequence[dict]) -> list[str
 
 
 def falls(config, name: str, lines: Sequence[dict]) -> str:
-    """Whether the distance to the teacher falls while success stays away; of the first seed, all tasks together."""
+    """Whether what the arm minimises falls while success stays away; of the first seed, all tasks together."""
     own = [line for line in lines if line["stage"] == f"{name}_seed{config.seeds[0]}"]
-    key = next((key for key in ("reverse_kl", "loss") if own and key in own[0]), None)
+    keys = ("reverse_kl", "loss") if arm_recipe(config, name).objective in ("reverse_kl", "sampled") else ("loss",)
+    key = next((key for key in keys if own and key in own[0]), None)
     if key is None:
         return "Nothing is known of its distance to the teacher: look into metrics.jsonl."
     few = max(len(own) // 5, 1)

@@ -268,6 +268,10 @@ def test_a_task_without_success_is_told_of_with_its_causes(experiment):
     assert which == f"vla_opd, seed 0: none of 1 episodes succeeds in {names[2]}, which may be chance."
     assert "reverse_kl falls, 2 to 0.5, while success stays 0" in why
     assert "does not fall, 0.5 to 2" in say("vla_opd", arm, known, [line(0, 0.5), line(1, 2.0)])[1]
+    own = experiment.config.arms.vla_opd
+    own.objective, hard = "hard_cross_entropy", [line(0, 0.5) | {"loss": 3.0}, line(1, 2.0) | {"loss": 1.0}]
+    assert "Its loss falls, 3 to 1" in say("vla_opd", arm, known, hard)[1], "its reverse KL may well rise"
+    del own.objective
     assert "GRPO has no reward" in say("opd_then_grpo", arm, known)[1]
     assert "demonstrations.many, now 2" in say("sft_many", arm, known)[1]
     assert "no use" in say("expert", [known], known)[-1] and len(say("expert", [known], known)) == 2
