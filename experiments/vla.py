@@ -167,12 +167,11 @@ def row(experiment: Experiment, name: str, successes: list[dict[int, float]]) ->
 
 
 def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
-    """Films and heat maps of the student before and after, for the report; of policies over bins."""
-    if arm_recipe(experiment.config, name).head != "bins":
-        return [], {}
-    before = experiment.student(experiment.config.seeds[0], "bins").params
-    films, maps = pictures(experiment, {BEFORE["bins"]: before, name: made.params})
-    return [films], {"Reverse KL from the expert along episodes, nats per token": maps}
+    """Films of the student before and after, for the report; and heat maps of policies over bins."""
+    head = arm_recipe(experiment.config, name).head
+    before = experiment.student(experiment.config.seeds[0], head).params
+    films, maps = pictures(experiment, {BEFORE[head]: before, name: made.params}, head)
+    return [films], {"Reverse KL from the expert along episodes, nats per token": maps} if maps else {}
 
 
 def by_costs(experiment: Experiment, lines: list[dict]) -> dict[str, dict]:

@@ -16,18 +16,18 @@ from opd_jax import hosts, rng
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens
 from opd_jax.report import HeatMap, Samples
-from opd_jax.types import EpisodeRollout, PyTree
+from opd_jax.types import ActionTokens, EpisodeRollout, PyTree
 
 EPISODES = 4  # of each shown task, rows of a heat map
 
 
-def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Samples, list[HeatMap]]:
-    """One task of each suite, scenes of the test split, the most probable bins; the expert beside the policies.
+def pictures(experiment: Experiment, policies: Mapping[str, PyTree], head: str) -> tuple[Samples, list[HeatMap]]:
+    """One task of each suite, scenes of the test split, as policies act in evaluation; the expert beside them.
 
     Args:
-        policies: parameters by name.
+        policies: parameters by name, all with this head.
 
-    Returns: films of the first episode of each task, both cameras side by side, and a map for each policy.
+    Returns: films of the first episode of each task, both cameras side by side, and a map for each policy over bins.
     """
     tasks = [experiment.seen_of(suite)[0] for suite in experiment.config.suites]
     world = experiment.world
@@ -37,19 +37,21 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree]) -> tuple[Sa
     films = {"expert": world.expert_film(tasks, starts, key, first, plan.executed)} if world.expert else {}
     policy_fn, horizon = vla_methods.logits_fn(experiment.module), experiment.module.horizon
     label, taught, maps = vla_methods.network_labels(policy_fn, len(starts.task)), None, []
-    if world.expert:
+    if head != "bins":
+        label = None
+    elif world.expert:
         label = vla_methods.expert_labels(world, horizon, experiment.config.sigma, experiment.config.floor)
     else:
         taught = experiment.put(world.teacher.params)
-    bins = experiment.policies["bins"]
     for name, params in policies.items():
         params = experiment.put(params)
-        asked = horizon if world.expert else 0
+        asked = horizon if world.expert and label else 0
         acting = Acting(plan, split="test", asked=asked)
-        played = world.play(bins.greedy, experiment.to_act(params), starts, key, acting)
+        played = world.play(experiment.policies[head].greedy, experiment.to_act(params), starts, key, acting)
         films[name] = world.film(played, starts, executed(played, plan.executed), first)
-        values = hosts.fetch(disagreement(policy_fn, params, played, label(taught, played)))
-        maps.append(HeatMap(name, values[: len(tasks) * EPISODES], "episode", "decision"))
+        if label:
+            values = hosts.fetch(disagreement(policy_fn, params, played, label(taught, played)))
+            maps.append(HeatMap(name, values[: len(tasks) * EPISODES], "episode", "decision"))
     return Samples(
         "Episodes from the same first states", [instruction(world.tasks[task]) for task in tasks], films
     ), maps
@@ -61,7 +63,10 @@ def instruction(task: Task) -> str:
 
 def executed(rollout: EpisodeRollout, count: int) -> Float[Array, "B S A"]:
     """The actions of an episode in the order in which they were executed."""
-    actions = action_tokens.decode(rollout.drawn.tokens)[:, :, :count]
+    drawn = rollout.drawn
+    of_bins = isinstance(drawn, ActionTokens)
+    actions = action_tokens.decode(drawn.tokens) if of_bins else jnp.clip(drawn.states[:, :, -1], -1, 1)
+    actions = actions[:, :, :count]
     return actions.reshape(len(actions), -1, actions.shape[-1])
 
 

@@ -399,6 +399,8 @@ def test_a_run_of_a_policy_with_a_flow_head_from_practice_to_report(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["model"] for row in summary["table"]] == ["expert", "base flow", "flow student, before", "flow"]
     assert len(list((tmp_path / "stages").glob("base_flow-*.safetensors"))) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "Episodes from the same first states" in page and "Reverse KL from the expert along" not in page
 
 
 @pytest.mark.slow
