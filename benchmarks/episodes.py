@@ -86,7 +86,7 @@ def on_device(args, executed: int = CHUNK, labelled: bool = False) -> Callable[[
     def play(states, keys):
         rollout = episodes.rollout(table, act, None, states, keys, **how)
         ask = functools.partial(episodes.expert_chunks, environment=table, expert=tabletop.expert, steps=CHUNK)
-        return rollout, ask(rollout.states) if labelled else None
+        return rollout, ask(tabletop.undisturbed(rollout.states)) if labelled else None
 
     def timed():
         rollout, _ = jax.block_until_ready(play(states, keys))

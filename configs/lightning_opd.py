@@ -48,7 +48,7 @@ def _qwen3_0p6b(config: ConfigDict) -> None:
     _paper(config)
     config.mesh.update(common.mesh())
     config.problems.count = config.sft.answers = 4_000
-    config.sft.update({"steps": 500, "batch_size": 16, "micro_batches": 4})
+    config.sft.update({"steps": 500, "warmup": 50, "decay_steps": 450, "batch_size": 16, "micro_batches": 4})
     config.sampler.update({"max_new_tokens": 1_024, "slots": 64})
     config.opd.update({"batch_size": 64, "micro_batches": 16, "learning_rate": 1e-5})
     config.arms.online.update({"batch_size": 16, "group": 4})  # as many answers; the cache of 256 does not fit

@@ -21,8 +21,8 @@ def validate(config, mesh) -> None:
         for name in config.order:
             part = config.models[name]
             check(part.start in earlier, f"{name}.start={part.start!r}: choose one of {sorted(earlier)}")
-            least = config.warmup + part.decay_steps
-            check(part.steps > least, f"{name}: steps={part.steps}: give more than warmup + decay_steps, {least}")
+            wrong = optim.schedule_mistake(part.steps, config.warmup, part.decay_steps)
+            check(not wrong, f"{name}: {wrong}")
             for key, known in (("styles", world.STYLES), ("domains", world.DOMAINS)):
                 check(part[key] and set(part[key]) <= set(known), f"{name}.{key}={part[key]}: choose of {known}")
             earlier.add(name)

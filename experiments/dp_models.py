@@ -25,8 +25,8 @@ def validate(config, mesh) -> None:
         check(config.row_tokens >= longest, f"row_tokens={config.row_tokens}: give {longest} or more, a whole record")
         for name in config.order:
             part = config.models[name]
-            least = config.warmup + part.decay_steps
-            check(part.steps > least, f"{name}: steps={part.steps}: give more than warmup + decay_steps, {least}")
+            wrong = optim.schedule_mistake(part.steps, config.warmup, part.decay_steps)
+            check(not wrong, f"{name}: {wrong}")
         uneven = sharding.uneven(config.rows, mesh, "rows")
         check(not uneven, uneven)
 

@@ -51,6 +51,8 @@ def validate(config, mesh) -> None:
             warm = grpo_recipe(config, part).warm_start
             uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
             check(warm.steps == 0 or not uneven, uneven)
+            wrong = optim.schedule_mistake(warm.steps, warm.warmup, warm.decay_steps) if warm.steps else ""
+            check(not wrong, f"{name}.warm_start: {wrong}")
             check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
             check(set(part.prompts) <= set(known_tasks), f"{name}.prompts={part.prompts}: choose of {known_tasks}")
             known = (*own_rewards, *config.judges) + (("",) if part.get("path") else ())
@@ -66,6 +68,8 @@ def validate(config, mesh) -> None:
                 check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
             inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
             check(arm.init in inits, f"init={arm.init!r} (arm {name}): choose one of {', '.join(inits)}")
+            wrong = optim.schedule_mistake(arm.steps, arm.warmup, arm.get("decay_steps", 0))
+            check(not wrong, f"arm {name}: {wrong}")
         trained = {f"arm {name}": arm_recipe(config, name) for name in config.arms}
         trained |= {"grpo": config.grpo} if grpo_parts(config) and not config.shipped else {}
         for name, part in trained.items():

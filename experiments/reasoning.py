@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import language, stages
 from experiments.reasoning_stages import Experiment, Scored, arm_recipe, sampling_params
-from opd_jax import metrics, report, sharding
+from opd_jax import metrics, optim, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.divergences import F_DIVERGENCES
 from opd_jax.losses.lightning_opd import WEIGHTINGS
@@ -54,6 +54,9 @@ def validate(config, mesh) -> None:
         if config.sft.steps:
             uneven = uneven or sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
         check(not uneven, f"sft: {uneven}")
+        part = config.sft
+        wrong = optim.schedule_mistake(part.steps, part.warmup, part.decay_steps) if part.steps else ""
+        check(not wrong, f"sft: {wrong}")
         length = problems.prompt_tokens + config.sampler.max_new_tokens
         uneven = sharding.uneven_tokens(length, mesh, "problems.prompt_tokens + sampler.max_new_tokens")
         check(not uneven, uneven)
@@ -75,6 +78,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     records = arm.batch_size * (arm.group if arm.method in ("online", "grpo") else 1)
     uneven = sharding.uneven(arm.batch_size, mesh) or sharding.uneven_parts(records, arm.micro_batches, mesh)
     check(not uneven, f"arm {name}: {uneven}")
+    wrong = optim.schedule_mistake(arm.steps, arm.warmup, arm.get("decay_steps", 0))
+    check(not wrong, f"arm {name}: {wrong}")
     check(arm.method != "grpo" or arm.group > 1, f"group={arm.group} (arm {name}): GRPO compares at least 2 answers")
     consistent = arm.sft == arm.teacher or arm.method not in ("online", "lightning") or arm.residual
     check(

@@ -18,8 +18,8 @@ def validate(config, mesh) -> None:
     with checks() as check:
         for name in config.phases:
             phase = phase_of(config, name)
-            least = phase.warmup + phase.decay_steps
-            check(phase.steps > least, f"{name}: steps={phase.steps}: give more than warmup + decay_steps, {least}")
+            wrong = optim.schedule_mistake(phase.steps, phase.warmup, phase.decay_steps)
+            check(not wrong, f"{name}: {wrong}")
             shares = {"damaged": phase.damaged}
             for kind in ("wrong", "unrelated"):
                 shares |= {f"{kind}.{task}": phase[kind][task] for task in TASKS if kind in phase}

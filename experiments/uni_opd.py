@@ -10,7 +10,7 @@ from configs import domains_models as models_config
 from experiments import domains, language, uni_setup
 from experiments.reasoning_stages import arm_recipe, sampling_params
 from experiments.uni_stages import Experiment, order_violations
-from opd_jax import metrics, report, sharding
+from opd_jax import metrics, optim, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses import balancing, uni_opd
 from opd_jax.losses.divergences import F_DIVERGENCES
@@ -98,6 +98,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(whole, f"label_parts={arm.label_parts} (arm {name}): {each} answers do not divide; choose a divisor")
     uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(not uneven, f"arm {name}: {uneven}")
+    wrong = optim.schedule_mistake(arm.steps, arm.warmup, arm.decay_steps)
+    check(not wrong, f"arm {name}: {wrong}")
     stored = arm.method != "offline" or arm.divergence == "sampled"
     check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")
     check(arm.group > 1, f"group={arm.group} (arm {name}): outcomes are compared within a prompt; give 2 or more")

@@ -11,7 +11,7 @@ from experiments.vla_methods import EXPERT, GIVEN, PRACTISED
 from experiments.vla_notes import NOISE, noise, redone, redone_note, sooner, sooner_note, zeros
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import BASES, WORLDS, Experiment
-from opd_jax import metrics, report, sharding
+from opd_jax import metrics, optim, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
 from opd_jax.models import attention, remat
@@ -29,35 +29,53 @@ def validate(config, mesh) -> None:
         known = config.world in WORLDS
         if check(known, f"world={config.world!r}: choose one of {', '.join(WORLDS)}"):
             check_tasks(check, config)
-        part = config.policy
-        fits = 1 <= part.executed <= part.horizon
-        check(fits, f"policy.executed={part.executed}: give 1 to policy.horizon={part.horizon}")
+        check(len(config.seeds) > 0, "seeds=(): give one or more, such as (0,)")
+        check_policies(check, config)
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
         check(0 <= config.floor < 1, f"floor={config.floor}: give a share below 1")
         check(config.eval.episodes > 0, f"eval.episodes={config.eval.episodes}: give 1 or more")
-        part = config.student
-        check(not (wrong := remat.mistake(part.remat)), f"student.{wrong}")
-        check(part.dtype in DTYPES, f"student.dtype={part.dtype!r}: choose {' or '.join(DTYPES)}")
-        if part.path and part.dtype in DTYPES:
-            check(not (wrong := attention.mistake(part.attention, part.dtype)), f"student.{wrong}")
         shown = config.demonstrations
         check(shown.few > 0 and shown.many > 0, f"demonstrations: few={shown.few}, many={shown.many}; give 1 or more")
-        uneven = sharding.uneven(config.sft.batch_size, mesh)
-        if config.sft.steps:
-            uneven = uneven or sharding.uneven_parts(config.sft.batch_size, config.sft.micro_batches, mesh)
-        check(not uneven, f"sft: {uneven}")
-        part = config.practice
-        uneven = sharding.uneven(part.batch_size, mesh)
-        uneven = uneven or sharding.uneven_parts(part.batch_size, part.micro_batches, mesh)
-        check(not uneven or config.base != PRACTISED, f"practice: {uneven}")
-        least = part.warmup + part.decay_steps
-        enough = config.base != PRACTISED or part.steps > least
-        check(enough, f"practice.steps={part.steps}: give more than warmup + decay_steps, {least}")
         learns = config.sft.steps > 0 or any(arm_recipe(config, name).method == "sft" for name in config.arms)
         shown = config.demos or not known or WORLDS[config.world].expert
         check(shown or not learns, f"sft: {config.world} has no expert; give demos, or set sft.steps=0 and no sft arm")
+        for name, used in (("sft", learns), ("practice", config.base == PRACTISED)):
+            if used:
+                check_supervised(check, config[name], name, mesh)
         for name in config.arms:
             check_arm(check, config, name, mesh)
+
+
+def check_policies(check, config) -> None:
+    part = config.policy
+    fits = 1 <= part.executed <= part.horizon
+    check(fits, f"policy.executed={part.executed}: give 1 to policy.horizon={part.horizon}")
+    even = part.width > 0 and part.width % 8 == 0
+    check(even, f"policy.width={part.width}: give a multiple of 8, of four heads of even size")
+    check(part.layers > 0, f"policy.layers={part.layers}: give 1 or more")
+    few = part.points >= 0
+    check(few, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points")
+    part = config.student
+    check(not (wrong := remat.mistake(part.remat)), f"student.{wrong}")
+    check(part.dtype in DTYPES, f"student.dtype={part.dtype!r}: choose {' or '.join(DTYPES)}")
+    if part.path and part.dtype in DTYPES:
+        check(not (wrong := attention.mistake(part.attention, part.dtype)), f"student.{wrong}")
+    if any(arm_recipe(config, name).head == "flow" for name in config.arms):
+        part = config.flow
+        check(part.steps > 1, f"flow.steps={part.steps}: give 2 or more, the last is not trained")
+        noisy = part.noise_level > 0
+        check(noisy, f"flow.noise_level={part.noise_level}: give a number above 0, for steps to have a density")
+
+
+def check_supervised(check, recipe, name: str, mesh) -> None:
+    uneven = sharding.uneven(recipe.batch_size, mesh)
+    uneven = uneven or sharding.uneven_parts(recipe.batch_size, recipe.micro_batches, mesh)
+    check(not uneven, f"{name}: {uneven}")
+    check(not (wrong := schedule_mistake(recipe)), f"{name}.{wrong}")
+
+
+def schedule_mistake(recipe) -> str:
+    return optim.schedule_mistake(recipe.steps, recipe.warmup, recipe.decay_steps)
 
 
 def check_tasks(check, config) -> None:
@@ -89,7 +107,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     alike = {other: arm_recipe(config, other) for other in config.arms}
     others = [other for other, its in alike.items() if not its.start and its.head == arm.head]
     from_one = not arm.start or arm.start in others
-    check(from_one, f"start={arm.start!r} (arm {name}): an arm that begins with the student, of {', '.join(others)}")
+    remedy = f"choose one of {', '.join(others)}" if others else "name it in `only`, too"
+    check(from_one, f"start={arm.start!r} (arm {name}): is no arm of this run that begins with the student; {remedy}")
     teachers = [other for other, its in alike.items() if its.teacher == EXPERT and its.head == "bins"]
     by_arm = arm.teacher in teachers and arm.head == "bins" and arm.teacher != name
     taught = by_arm or arm.teacher in (EXPERT, GIVEN)
@@ -113,6 +132,9 @@ def check_arm(check, config, name: str, mesh) -> None:
     uneven = sharding.uneven(arm.batch_size, mesh)
     uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
+    if arm.method != "sft":
+        check(arm.steps > 0, f"steps={arm.steps} (arm {name}): give 1 or more")
+        check(not (wrong := schedule_mistake(arm)), f"arm {name}: {wrong}")
 
 
 def run(config, workdir: Path, mesh) -> None:
@@ -175,7 +197,10 @@ def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
 
 
 def by_costs(experiment: Experiment, lines: list[dict]) -> dict[str, dict]:
-    """Success of training episodes against each cost; labelled decisions are queries of arms that are distilled."""
+    """Success of training episodes against each cost, of all and, where there are several suites, of each.
+
+    Labelled decisions are queries of arms that are distilled.
+    """
     asking = {
         f"{name}_seed{seed}"
         for name in experiment.config.arms
@@ -184,7 +209,17 @@ def by_costs(experiment: Experiment, lines: list[dict]) -> dict[str, dict]:
     }
     acted = [line for line in lines if "environment_steps" in line]  # demonstrations are successes all
     acted = [line | ({"teacher_queries": line["decisions"]} if line["stage"] in asking else {}) for line in acted]
-    return {cost: report.curves_by(acted, "success", cost) for cost in COSTS}
+    found = {f"success by {cost}": report.curves_by(acted, "success", cost) for cost in COSTS}
+    for suite in experiment.config.suites:
+        each = [line | _success_in(suite, line) for line in acted if f"episodes_{suite}" in line]
+        found |= {f"{suite} by {cost}": report.curves_by(each, suite, cost) for cost in COSTS if each}
+    return found
+
+
+def _success_in(suite: str, line: dict) -> dict[str, float]:
+    """Of an update's episodes, where it has had any of the suite."""
+    episodes = line[f"episodes_{suite}"]
+    return {suite: line[f"succeeded_{suite}"] / episodes} if episodes else {}
 
 
 def write(experiment: Experiment, rows: list[dict], made: dict, said: list[str], began: float) -> None:
@@ -208,6 +243,7 @@ def write(experiment: Experiment, rows: list[dict], made: dict, said: list[str],
     }
     report.write_summary(workdir / "summary.json", summary)
     films, maps = shown(experiment, main_name, main)
+    spent = by_costs(experiment, lines)
     notes = [
         f"Success: {experiment.world.goal} before the horizon; it ends the episode, so success once and at "
         "the end are the same. Scenes of the test split, the most probable bins. Held out: tasks that only the first "
@@ -227,9 +263,8 @@ def write(experiment: Experiment, rows: list[dict], made: dict, said: list[str],
         tables={"Share of episodes that succeed": rows},
         images=films,
         heat_maps=maps,
-        curves={f"success by {cost}": line for cost, line in by_costs(experiment, lines).items()}
-        | report.curves_from(lines, LOGGED),
-        along={f"success by {cost}": cost.replace("_", " ") for cost in COSTS},
+        curves=spent | report.curves_from(lines, LOGGED),
+        along={curve: curve.split(" by ")[1].replace("_", " ") for curve in spent},
         timings=timings,
         versions=versions(),
         notes=notes,

@@ -35,6 +35,8 @@ def validate(config, mesh) -> None:
         for phase in ("practice", "again"):
             uneven = sharding.uneven(config[phase].batch_size, mesh, f"{phase}.batch_size")
             check(not uneven, uneven)
+            wrong = optim.schedule_mistake(config[phase].steps, config[phase].warmup, config[phase].decay_steps)
+            check(not wrong, f"{phase}: {wrong}")
         check(0 <= config.again.closed <= 1, f"again.closed={config.again.closed}: a share, from 0 to 1")
         uneven = sharding.uneven(config.eval.moments, mesh, "eval.moments")
         check(not uneven, uneven)

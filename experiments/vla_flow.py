@@ -4,20 +4,22 @@ A chunk is an image of one channel, `[B, H, A, 1]`, for the sampler and for flow
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from experiments.vla_methods import Policy, World, acted, counting, update_of
+from experiments.vla_methods import Policy, World, acted, counting, of_suites, update_of
 from opd_jax import rng
 from opd_jax.losses import flow_matching, gaussians, vla_opd
 from opd_jax.sampling import episodes, flow
 from opd_jax.types import ActionPaths, EpisodeRollout, Method, PathLabels
 
 
-def policy(world: World, plan: episodes.Plan, sigma: float, steps: int, noise_level: float) -> Policy:
+def policy(
+    world: World, plan: episodes.Plan, sigma: float, steps: int, noise_level: float, suites: Sequence[str] = ()
+) -> Policy:
     """Policies of `steps` steps from noise to a chunk, by the `sde` of Flow-GRPO in training and the ODE after it."""
     module = world.module
     velocity = Partial(functools.partial(_velocity, module))
@@ -36,7 +38,7 @@ def policy(world: World, plan: episodes.Plan, sigma: float, steps: int, noise_le
         supervise = vla_opd.supervise_flow(Partial(functools.partial(_of_chunks, module)))
         update, optimizer = update_of(supervise, recipe)
         sample = acted(world, act(noise_level), recipe, plan, module.horizon)
-        return Method(sample, lambda _, rollout: label(rollout), counting(update)), optimizer
+        return Method(sample, lambda _, rollout: label(rollout), counting(update, of_suites(world, suites))), optimizer
 
     return Policy(init, act(0.0), imitation, on_policy)
 

@@ -20,6 +20,7 @@ from experiments import vla_demos, vla_openvla, vla_policies
 from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected, decisions_of
 from experiments.vla_policies import Robot
 from opd_jax import hosts, rng, sharding
+from opd_jax.models import vla
 from opd_jax.sampling import host_episodes
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_pool import Pool
@@ -104,6 +105,13 @@ class Host(abc.ABC):
                 found.append(f"{which}.path={path}: no such folder; give one in OpenVLA's layout")
         if taught and not part.path:
             found.append(f"teacher.path={taught}: labels a student of its own kind; give student.path too")
+        patch = vla.patch_of(config.policy.points)
+        if not part.path and config.simulators.size % patch:
+            found.append(f"simulators.size={config.simulators.size}: give a multiple of {patch}, the policy's patches")
+        told = [task.instruction for task in cls.catalogue(config) if task.suite in config.suites]
+        twice = sorted({words for words in told if told.count(words) > 1})
+        if config.demos and twice:
+            found.append(f"demos={config.demos}: tells tasks by their words, and two have {twice[0]!r}; change suites")
         if not 0 < part.crop <= 1:
             found.append(f"student.crop={part.crop}: give the share of a picture that is left, above 0, at most 1")
         found += cls._practice_mistakes(config)
@@ -196,7 +204,7 @@ class Host(abc.ABC):
         with self._simulators(functools.partial(shown, self.make(self.config, pictures=self._sees))) as pool:
             scenes = lambda asked, seed: _scenes(asked[:most], seed, "train")
             play = lambda asked, seed: self._demonstrate(pool, scenes(asked, seed), seed, "train", self._kit.prepare)
-            return collected(play, tasks, count, seed, self.module.horizon)
+            return collected(play, self, tasks, count, seed)
 
     def practice(self, tasks, count: int, seed: int) -> Demonstrations:
         """`count` episodes of the expert in each task, disturbed; a row for every decision, with its whole chunk."""

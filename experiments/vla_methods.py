@@ -1,7 +1,7 @@
 """Robot policies as four functions: episodes of the student, the expert at every state of them, one update."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from experiments import stages
 from opd_jax import optim
+from opd_jax.config import ConfigError
 from opd_jax.losses import policy_gradient, vla_opd
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import action_tokens
@@ -116,19 +117,31 @@ def decisions_of(world: World, tasks, executed: int) -> int:
     return -(-int(horizons(world)[np.asarray(tasks)].max()) // executed)
 
 
-def collected(play: Callable, tasks, count: int, seed: int, horizon: int) -> Demonstrations:
+PATIENCE = 50  # episodes of a task that an expert may fail in before its first success
+
+
+def collected(play: Callable, world: World, tasks, count: int, seed: int) -> Demonstrations:
     """`count` successful episodes of each task; where the expert fails, another scene is tried.
 
     Args:
         play: `(tasks, seed) -> EpisodeRollout` of the expert in as many of these tasks, from the first on, as it likes.
+
+    Raises:
+        ConfigError: the expert fails in every one of `PATIENCE` episodes of a task.
     """
-    found, missing = [], dict.fromkeys(tasks, count)
+    found, missing, tried = [], dict.fromkeys(tasks, count), dict.fromkeys(tasks, 0)
     while any(missing.values()):
         asked = [task for task, left in missing.items() for _ in range(left)]
         rollout = play(asked, seed)
-        found.append(as_demonstrations(rollout, horizon))
+        found.append(as_demonstrations(rollout, world.module.horizon))
         for task, good in zip(asked, rollout.success):
             missing[task] -= int(good)
+            tried[task] += 1
+        for task, often in tried.items():
+            if missing[task] == count and often >= PATIENCE:
+                name, steps = world.tasks[task].name, world.tasks[task].horizon
+                says = f"{name}: its expert fails in all of {often} episodes of {steps} steps and shows nothing"
+                raise ConfigError(f"{says}; give a longer horizon, or leave the task out")
         seed += 1
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
@@ -220,14 +233,14 @@ def reward_labels(_, rollout: EpisodeRollout) -> RewardLabels:
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 
-def counting(update):
+def counting(update, of_suites: Mapping[str, np.ndarray]):
     """The update, with what it has cost in every metric line: actions in the environment, decisions labelled, and
-    episodes begun again, where simulators can fail."""
+    episodes begun again, where simulators can fail; and of every suite its episodes and those that succeeded."""
 
     def counted(state, rollout, labels, key):
-        cost = _cost(rollout)
+        counts = _cost(rollout) | _by_suite(rollout, of_suites)
         state, metrics = update(state, rollout, labels, key)
-        return state, metrics | cost
+        return state, metrics | counts
 
     return counted
 
@@ -243,6 +256,18 @@ def _cost(rollout: EpisodeRollout) -> dict[str, Array]:
     return {name: value.astype(jnp.float32) for name, value in cost.items()}
 
 
+def of_suites(world: World, suites: Sequence[str]) -> dict[str, np.ndarray]:
+    """Which tasks are of each suite, `[tasks]` bool; nothing where there is but one."""
+    return {suite: np.array([task.suite == suite for task in world.tasks]) for suite in suites if len(suites) > 1}
+
+
+@jax.jit
+def _by_suite(rollout: EpisodeRollout, of_suites: dict[str, Array]) -> dict[str, Array]:
+    own = {suite: tasks[rollout.task].astype(jnp.float32) for suite, tasks in of_suites.items()}
+    episodes = {f"episodes_{suite}": its.sum() for suite, its in own.items()}
+    return episodes | {f"succeeded_{suite}": (its * rollout.success).sum() for suite, its in own.items()}
+
+
 class Policy(NamedTuple):
     """A class of policies, and how one is made: `(Method, optimizer)` for a recipe."""
 
@@ -252,10 +277,11 @@ class Policy(NamedTuple):
     on_policy: Callable[..., tuple]
 
 
-def bins(world: World, plan: Plan, sigma: float, floor: float) -> Policy:
+def bins(world: World, plan: Plan, sigma: float, floor: float, suites: Sequence[str] = ()) -> Policy:
     """Policies over action bins, the paper's: distilled from the expert's distribution, or trained by success alone."""
     module = world.module
     policy_fn, label = logits_fn(module), expert_labels(world, module.horizon, sigma, floor)
+    count = functools.partial(counting, of_suites=of_suites(world, suites))
 
     def imitation(recipe):
         update, optimizer = update_of(vla_opd.supervise(policy_fn, "forward_kl"), recipe)
@@ -272,7 +298,7 @@ def bins(world: World, plan: Plan, sigma: float, floor: float) -> Policy:
         asked = module.horizon if recipe.teacher == EXPERT and not by_success else 0
         sample = acted(world, drawn(acting), recipe, plan, asked)
         said = label if recipe.teacher == EXPERT else network_labels(policy_fn, recipe.micro_batches)
-        return Method(sample, jax.jit(reward_labels) if by_success else said, counting(update)), optimizer
+        return Method(sample, jax.jit(reward_labels) if by_success else said, count(update)), optimizer
 
     init = lambda key, observation: module.init(key, observation)["params"]
     return Policy(init, greedy(policy_fn), imitation, on_policy)

@@ -1,9 +1,11 @@
 """OpenVLA's directories as policies for simulators on the host: a student, and the teacher that labels."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def kit(config, robot: Robot, mesh) -> Kit:
     student, taught = read(config, "student", robot, mesh), None
     if config.teacher.path:
         taught = read(config, "teacher", robot, mesh)
-        check_alike(student, taught, config.teacher.path)
+        check_alike(student, taught, config.teacher.path, part.proprioception)
     kernel = attention.kernel(part.attention, student.model.module.language_model.head_dim)
     fields = {"dtype": jnp.dtype(part.dtype), "attention": kernel, "remat": part.remat}
     module = vla.with_fields(student.model.module, **fields)
@@ -91,12 +93,21 @@ def read(config, which: str, robot: Robot, mesh) -> Read:
     return Read(model, data_set, found, ids, stages.Made(model.params, stages.recipe_of({"given": sha}), sha, 0.0, 0))
 
 
-def check_alike(student: Read, teacher: Read, path: str) -> None:
-    """Refuses a teacher whose answer to the student's observation would mean another thing."""
-    try:
-        action_tokens.check_same(student.statistics, teacher.statistics)
-    except ValueError as error:
-        raise ConfigError(f"teacher.path={path}: {error}") from error
+def check_alike(student: Read, teacher: Read, path: str, proprioception: bool) -> None:
+    """Refuses a teacher whose answer to the student's observation would mean another thing.
+
+    Its parameters run in the student's module, on the student's pictures, tokens and, where it has any, proprioception.
+    """
+    both = [(student.statistics, teacher.statistics)]
+    if proprioception:
+        both.append(tuple(one.model.proprioception[one.data_set] for one in (student, teacher)))
+    for own, other in both:
+        try:
+            action_tokens.check_same(own, other)
+        except ValueError as error:
+            raise ConfigError(f"teacher.path={path}: {error}") from error
+    if other := ", ".join(differences(student.model.module, teacher.model.module)):
+        raise ConfigError(f"teacher.path={path}: differs from the student in {other}; choose one of its architecture")
     if not np.array_equal(student.ids, teacher.ids):
         raise ConfigError(
             f"teacher.path={path}: its tokenizer gives instructions other ids; choose one of the student's"
@@ -106,6 +117,21 @@ def check_alike(student: Read, teacher: Read, path: str) -> None:
     shapes = [jax.tree.map(jnp.shape, one.model.params) for one in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise ConfigError(f"teacher.path={path}: is of other sizes than the student; choose one of its architecture")
+
+
+def differences(module: nn.Module, other: nn.Module) -> list[str]:
+    """Fields of a module, and of the modules in them, in which another of its class has another value."""
+    found = []
+    for field in dataclasses.fields(module):
+        if field.name in ("parent", "name"):
+            continue
+        own, its = getattr(module, field.name), getattr(other, field.name)
+        inner = isinstance(own, nn.Module) and type(own) is type(its)
+        if inner:
+            found += [f"{field.name}.{name}" for name in differences(own, its)]
+        elif own != its:
+            found.append(field.name)
+    return found
 
 
 def conversions(robot: Robot, statistics: Statistics) -> tuple:

@@ -41,8 +41,10 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree], head: str) 
         label = None
     elif world.expert:
         label = vla_methods.expert_labels(world, horizon, experiment.config.sigma, experiment.config.floor)
-    else:
+    elif world.teacher:
         taught = experiment.put(world.teacher.params)
+    else:
+        label = None
     for name, params in policies.items():
         params = experiment.put(params)
         asked = horizon if world.expert and label else 0

@@ -1,4 +1,4 @@
-"""Policies for simulators on the host: what they are, and how an observation and an action become theirs."""
+"""Small policies, and for simulators on the host how an observation and an action become a policy's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -60,13 +60,18 @@ class Words:
         return self._ids[sentence]
 
 
-def own(policy, robot: Robot) -> Kit:
-    """Small policies of `vla.tiny`, of the sizes of a config's `policy`."""
-    words = Words(robot.instructions)
-    module = vla.tiny(
-        policy.horizon, robot.action_dims, words=1 + len(words.known), image_size=robot.size, width=policy.width,
-        num_layers=policy.layers, mlp_width=3 * policy.width, points=policy.points,
+def small(policy, action_dims: int, words: int, image_size: int) -> vla.Vla:
+    """A module of `vla.tiny`, of the sizes of a config's `policy`."""
+    return vla.tiny(
+        policy.horizon, action_dims, words=words, image_size=image_size, width=policy.width, num_layers=policy.layers,
+        mlp_width=3 * policy.width, points=policy.points,
     )  # fmt: skip
+
+
+def own(policy, robot: Robot) -> Kit:
+    """Small policies for a robot."""
+    words = Words(robot.instructions)
+    module = small(policy, robot.action_dims, 1 + len(words.known), robot.size)
     least, most = robot.felt
 
     def prepare(seen: dict[str, np.ndarray], sentence: str) -> Observation:

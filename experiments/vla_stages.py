@@ -34,8 +34,8 @@ class Experiment:
         self.module = self.world.module
         self.plan = Plan(1, part.executed, self.world.settle)
         self.policies = {
-            "bins": vla_methods.bins(self.world, self.plan, config.sigma, config.floor),
-            "flow": vla_flow.policy(self.world, self.plan, config.sigma, **config.flow),
+            "bins": vla_methods.bins(self.world, self.plan, config.sigma, config.floor, config.suites),
+            "flow": vla_flow.policy(self.world, self.plan, config.sigma, **config.flow, suites=config.suites),
         }
         number = {task.name: i for i, task in enumerate(self.world.tasks)}
         self.tasks = [i for i, task in enumerate(self.world.tasks) if task.suite in config.suites]
@@ -161,7 +161,7 @@ class Experiment:
             return self.imitate(stage, seed, before.params, recipe.head, lambda: self.many, before.sha256)
         (method, optimizer), upstream = self.policies[recipe.head].on_policy(recipe), [before.sha256]
         learns, frozen = (self.acting(method), optimizer), None
-        if recipe.teacher != vla_methods.EXPERT:
+        if recipe.method == "opd" and recipe.teacher != vla_methods.EXPERT:
             teacher = self.teacher(recipe.teacher, seed)
             upstream, frozen = [*upstream, teacher.sha256], self.put(teacher.params)
         batches = self.scenes(recipe, seed)

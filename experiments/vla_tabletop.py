@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from experiments import stages
+from experiments import stages, vla_policies
 from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected
 from opd_jax import hosts, rng, sharding
 from opd_jax.config import ConfigError
@@ -55,10 +55,7 @@ TABLE, SHOWN = Table(), Shown()
 
 def module_of(policy) -> vla.Vla:
     """The policy's sizes as a module."""
-    return vla.tiny(
-        policy.horizon, tabletop.ACTION_DIMS, words=len(tabletop.VOCABULARY), image_size=tabletop.IMAGE_SIZE,
-        width=policy.width, num_layers=policy.layers, mlp_width=3 * policy.width, points=policy.points,
-    )  # fmt: skip
+    return vla_policies.small(policy, tabletop.ACTION_DIMS, len(tabletop.VOCABULARY), tabletop.IMAGE_SIZE)
 
 
 def first_observation() -> Observation:
@@ -144,12 +141,9 @@ class Tabletop:
 
     @staticmethod
     def mistakes(config) -> list[str]:
-        part = config.policy
-        few = part.points >= 0, f"policy.points={part.points}: give 0, for a vision transformer, or a number of points"
-        even = part.width % 8 == 0, f"policy.width={part.width}: give a multiple of 8, of four heads of even size"
         own = not config.demos, f"demos={config.demos}: the tabletop's expert demonstrates; set ''"
         base = config.base != PRACTISED, f"base={PRACTISED!r}: is of simulators; give shipped, a file or ''"
-        return [line for good, line in (few, even, own, base) if not good]
+        return [line for good, line in (own, base) if not good]
 
     def first(self, init, key) -> PyTree:
         params = jax.jit(init)(key, self.example)
@@ -167,7 +161,9 @@ class Tabletop:
 
     @staticmethod
     def chunks(states, steps: int) -> Float[Array, "B T H A"]:
-        return episodes.expert_chunks(states, environment=TABLE, expert=tabletop.expert, steps=steps)
+        """What the expert would do if nothing went wrong: labels that know what will are noise to the student."""
+        calm = tabletop.undisturbed(states)
+        return episodes.expert_chunks(calm, environment=TABLE, expert=tabletop.expert, steps=steps)
 
     # ---- the expert ----
 
@@ -186,7 +182,7 @@ class Tabletop:
 
     def demonstrations(self, tasks, count: int, seed: int) -> Demonstrations:
         play = lambda asked, seed: self._expert_episodes(asked[: self._at_once], seed, "demonstrations", "train")
-        return collected(play, tasks, count, seed, self.config.policy.horizon)
+        return collected(play, self, tasks, count, seed)
 
     def expert_success(self, asked, seed: int) -> np.ndarray:
         return self._expert_episodes(asked, seed, "eval", "test").success[: len(asked)]

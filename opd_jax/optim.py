@@ -43,6 +43,13 @@ def adamw(
     )
 
 
+def schedule_mistake(steps: int, warmup: int, decay_steps: int) -> str:
+    """What is wrong with a warm-up and a decay of `adamw` in so many steps, one line; "" where they fit."""
+    least = warmup + decay_steps
+    fits = not decay_steps or steps >= least
+    return "" if fits else f"steps={steps}: give {least} or more, warmup + decay_steps, or lower these"
+
+
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0. The buffers are its own, because `dense` donates the state and must not destroy `params` elsewhere."""
     own = jax.tree.map(jnp.array, params)

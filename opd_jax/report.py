@@ -194,15 +194,18 @@ def _first_seeds(stages: set[str]) -> set[str]:
 def curves_by(rows: Sequence[Row], metric: str, cost: str) -> dict[str, tuple[list, list]]:
     """One metric against what its stage has spent until then: `{stage: (running sums of cost, values)}`.
 
-    `seconds` of a line are a running sum already. Of stages that differ by their seed alone, the first seed's.
+    `seconds` of a line are a running sum already; a line without the metric has its cost all the same. Of stages that
+    differ by their seed alone, the first seed's.
     """
     lines: dict[str, tuple[list, list]] = {}
+    total: dict[str, float] = {}
     shown = _first_seeds({row["stage"] for row in rows})
-    for row in (row for row in rows if row["stage"] in shown):
-        if metric in row and cost in row:
-            spent, values = lines.setdefault(row["stage"], ([], []))
-            before = spent[-1] if spent and cost != "seconds" else 0
-            spent.append(before + row[cost])
+    for row in (row for row in rows if row["stage"] in shown and cost in row):
+        stage, before = row["stage"], 0 if cost == "seconds" else total.get(row["stage"], 0)
+        total[stage] = before + row[cost]
+        if metric in row:
+            spent, values = lines.setdefault(stage, ([], []))
+            spent.append(total[stage])
             values.append(row[metric])
     return lines
 

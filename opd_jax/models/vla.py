@@ -202,6 +202,11 @@ def with_fields(module: Vla, **fields: Any) -> Vla:
     return module.clone(towers=towers, language_model=module.language_model.clone(**fields))
 
 
+def patch_of(points: int) -> int:
+    """Pixels of a patch of `tiny`, which divide its images."""
+    return 4 if points else 8
+
+
 def tiny(
     horizon: int,
     action_dim: int,
@@ -212,17 +217,18 @@ def tiny(
     points: int = 0,
     **fields: Any,
 ) -> Vla:
-    """A policy of about half a million parameters, for images of 32 or 40 pixels and a CPU.
+    """A policy of about half a million parameters, for images of some dozen pixels and a CPU.
 
     Args:
       words: ids of instructions are below it; it is itself the end of the text, and the bins follow.
       points: of a tower of `Keypoints`; 0: a vision transformer.
-      fields: of the `Decoder`, such as `dtype`; of them `dtype` and `remat` are the tower's too.
+      fields: of the `Decoder`, such as `dtype`; of them `dtype` is the tower's too, and a vision transformer's `remat`.
     """
     shared = {name: value for name, value in fields.items() if name in ("dtype", "remat")}
-    tower = ViT(64, 256, 2, 4, patch_size=8, image_size=image_size, feature_layer=-1, **shared)
     if points:
-        tower = Keypoints(points, 48, 2, 4, image_size, dtype=fields.get("dtype", jnp.float32))
+        tower = Keypoints(points, 48, 2, patch_of(points), image_size, dtype=fields.get("dtype", jnp.float32))
+    else:
+        tower = ViT(64, 256, 2, 4, patch_size=patch_of(points), image_size=image_size, feature_layer=-1, **shared)
     sizes = {"mlp_width": 256, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
     vocabulary = words + 1 + NUM_BINS
     text = Decoder(vocabulary, width, **sizes | fields)

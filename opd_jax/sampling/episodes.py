@@ -122,7 +122,8 @@ def expert_chunks(
     """What a scripted expert would do from every state that the student came to, H actions each, `[B, T, ...]` leaves.
 
     The first action is the expert's there; the next ones are those that it would take after its own, in the same
-    environment. So a chunk is a plan from that observation, which is what a chunk of the student is.
+    environment. So a chunk is a plan from that observation, which is what a chunk of the student is. Where chance is a
+    function of the state, give states without it: a plan must not know what is going to happen.
     """
 
     def chunk(state):

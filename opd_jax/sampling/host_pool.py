@@ -90,7 +90,7 @@ class Pool:
             ready = connection.wait(list(busy), max(wait, 0))
             for one in ready or [one for one, index in busy.items() if self._late(index)]:
                 worker = self._workers[busy[one]]
-                lost = worker.receive() if ready else f"gave no reply for {self._timeout} s"
+                lost = worker.receive() if ready else f"gave no reply for {worker.patience(self._timeout):g} s"
                 if lost:
                     self._workers[busy[one]] = None
                     replies |= worker.lose(lost)
@@ -136,8 +136,12 @@ class _Worker:
         with contextlib.suppress(OSError):  # why it has ended is found by `receive`
             self.connection.send_bytes(make)
 
+    def patience(self, timeout: float | int) -> float | int:
+        """Seconds that it may be silent for: more, while it starts."""
+        return timeout if self._started else STARTUP
+
     def deadline(self, timeout: float | int) -> float:
-        return self._heard + (timeout if self._started else STARTUP)
+        return self._heard + self.patience(timeout)
 
     def send(self, messages: Messages) -> None:
         self.pending, self.replies, self._heard = list(messages), {}, time.monotonic()

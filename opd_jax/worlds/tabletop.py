@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 
 from opd_jax.worlds.tabletop_bodies import CEILING, GAP_MAX, State
 from opd_jax.worlds.tabletop_expert import expert
-from opd_jax.worlds.tabletop_physics import ACTION_DIMS, step
+from opd_jax.worlds.tabletop_physics import ACTION_DIMS, step, undisturbed
 from opd_jax.worlds.tabletop_render import CAMERAS, IMAGE_SIZE, render
 from opd_jax.worlds.tabletop_tasks import (
     DISTURBANCE,
@@ -42,7 +42,7 @@ from opd_jax.worlds.tabletop_tasks import (
 __all__ = [
     "ACTION_DIMS", "CAMERAS", "DISTURBANCE", "IMAGE_SIZE", "INSTRUCTION_LENGTH", "PROPRIOCEPTION_DIMS", "SUITES",
     "TASKS", "VOCABULARY", "Observation", "State", "Task", "decode", "encode", "expert", "horizon", "instruction",
-    "observe", "render", "reset", "step", "success",
+    "observe", "render", "reset", "step", "success", "undisturbed",
 ]  # fmt: skip
 
 PROPRIOCEPTION_DIMS = 7

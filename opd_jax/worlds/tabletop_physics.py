@@ -84,6 +84,11 @@ def draw_disturbance(state: State) -> Disturbance:
     return Disturbance(noise, slip, pushed[:, None] * far * jnp.stack([jnp.cos(angle), jnp.sin(angle)])[None])
 
 
+def undisturbed(state: State) -> State:
+    """The same state where nothing will go wrong: plans begin here, for what will go wrong is not to be foreseen."""
+    return state._replace(disturbance=jnp.zeros_like(state.disturbance))
+
+
 def step(state: State, action: Float[Array, "4"]) -> State:
     """One step of the world.
 

@@ -35,7 +35,7 @@ from opd_jax.worlds.tabletop_bodies import (
     of,
 )  # fmt: skip
 from opd_jax.worlds.tabletop_expert import REACH, fetch, let_go, place_it
-from opd_jax.worlds.tabletop_physics import resting_on, step
+from opd_jax.worlds.tabletop_physics import resting_on, step, undisturbed
 from opd_jax.worlds.tabletop_render import locate
 
 PLACES = {PLATE: "on the plate", BASKET: "in the basket", STOVE: "on the stove", BOWL: "in the bowl", BOX: "on the box"}
@@ -161,7 +161,7 @@ def done(state: State, subject: Int[Array, ""], place: Int[Array, ""]) -> Bool[A
 
 
 def chunk(practised: Moment, steps: int) -> Float[Array, "H 4"]:
-    """The next actions: to the thing, around it and up; or to the place, down and open."""
+    """The next actions, if nothing goes wrong: to the thing, around it and up; or to the place, down and open."""
     subject, place = practised.subject, practised.place
 
     def act(state, _):
@@ -171,4 +171,4 @@ def chunk(practised: Moment, steps: int) -> Float[Array, "H 4"]:
         action = jnp.where((place >= 0) & done(state, subject, place), let_go(), action)
         return step(state, action), action
 
-    return jax.lax.scan(act, practised.state, None, length=steps)[1]
+    return jax.lax.scan(act, undisturbed(practised.state), None, length=steps)[1]

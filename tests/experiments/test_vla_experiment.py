@@ -81,6 +81,21 @@ def test_the_expert_labels_the_states_that_the_student_reached(experiment, playe
     np.testing.assert_allclose(action, tabletop.expert(state), atol=1 / 255 + 1e-6)
 
 
+def test_neither_labels_nor_practice_foresee_what_will_disturb_the_episode(experiment, played):
+    """Chunks from one state, by the keys of its disturbances."""
+    states = jax.tree.map(lambda leaf: jnp.repeat(leaf[3:4, 1:2], 8, axis=0), played.states)
+    keys = jax.random.split(jax.random.key(5), 8)
+    states = states._replace(key=keys[:, None])
+    chunks = experiment.world.chunks(states, 8)
+    np.testing.assert_array_equal(chunks, jnp.repeat(chunks[:1], 8, axis=0))
+    alone = jax.tree.map(lambda leaf: leaf[:, 0], states)
+    disturbed = jax.vmap(lambda state: tabletop.step(state, chunks[0, 0, 0]).gripper)(alone)
+    assert len(np.unique(np.asarray(disturbed), axis=0)) == 8, "the states were disturbed in the same way"
+    practised = tabletop_skills.moment(jax.random.key(3))
+    other = practised._replace(state=practised.state._replace(key=jax.random.key(99)))
+    np.testing.assert_array_equal(*(tabletop_skills.chunk(one, 8) for one in (practised, other)))
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing(experiment, params, played):
     labels = vla_methods.network_labels(vla_methods.logits_fn(experiment.module))(params, played)
     result = jax.jit(vla_opd.supervise(vla_methods.logits_fn(experiment.module)))(params, played, labels, None)
@@ -321,8 +336,28 @@ def test_success_is_shown_against_queries_of_those_that_ask(experiment):
     lines = [line(f"{name}_seed0") | {"decisions": 3.0} for name in ("vla_opd", "opd_then_grpo")]
     lines.append(lines[0] | {"step": 1, "success": 0.6})
     found = vla.by_costs(experiment, [*lines, {"stage": "sft_many_seed0", "step": 0, "seconds": 1.0, "success": 1.0}])
-    assert found["teacher_queries"] == {"vla_opd_seed0": ([3.0, 6.0], [0.5, 0.6])}
-    assert set(found["environment_steps"]) == set(found["seconds"]) == {"vla_opd_seed0", "opd_then_grpo_seed0"}
+    assert found["success by teacher_queries"] == {"vla_opd_seed0": ([3.0, 6.0], [0.5, 0.6])}
+    acted = {"vla_opd_seed0", "opd_then_grpo_seed0"}
+    assert set(found["success by environment_steps"]) == set(found["success by seconds"]) == acted
+
+
+def test_success_of_every_suite_is_counted_and_shown_apart(tmp_path, played):
+    """Of an update without an episode of a suite the costs are spent all the same."""
+    experiment = Experiment(config_of(suites=("object", "goal")), tmp_path, MESH)
+    world, suites = experiment.world, experiment.config.suites
+    goal = next(i for i, task in enumerate(world.tasks) if task.suite == "goal")
+    mixed = played._replace(task=jnp.array([goal] * 3 + [experiment.tasks[0]] * 5), success=jnp.arange(8.0) % 2)
+    counts = vla_methods._by_suite(mixed, vla_methods.of_suites(world, suites))
+    assert {name: float(value) for name, value in counts.items()} == {
+        "episodes_object": 5.0, "succeeded_object": 3.0, "episodes_goal": 3.0, "succeeded_goal": 1.0
+    }  # fmt: skip
+    assert vla_methods.of_suites(world, ("object",)) == {}
+    line = {"stage": "vla_opd_seed0", "seconds": 1.0, "success": 0.5, "environment_steps": 9, "decisions": 3.0}
+    none = {"episodes_object": 8.0, "succeeded_object": 2.0, "episodes_goal": 0.0, "succeeded_goal": 0.0}
+    lines = [line | none, line | {name: float(value) for name, value in counts.items()}]
+    found = vla.by_costs(experiment, lines)
+    assert found["goal by environment_steps"] == {"vla_opd_seed0": ([18], [pytest.approx(1 / 3)])}
+    assert found["object by environment_steps"] == {"vla_opd_seed0": ([9, 18], [0.25, 0.6])}
 
 
 def test_the_students_row_has_the_cost_of_its_demonstrations(experiment):

@@ -361,7 +361,7 @@ def test_actions_become_the_robot_s_and_come_back():
         ({"practice__tasks": (), "suites": ("mt50",)}, "leave no task to practise; set base=''"),
         ({"practice__episodes": 0}, "practice.episodes=0"),
         ({"practice__batch_size": 9, "practice__micro_batches": 2}, "practice: 9 records do not divide into 2"),
-        ({"practice__steps": 1}, "practice.steps=1: give more than warmup + decay_steps, 1"),
+        ({"practice__warmup": 2}, "practice.steps=2: give 3 or more, warmup + decay_steps, or lower these"),
     ],
 )
 def test_what_is_refused_before_anything(changes, says):

@@ -140,7 +140,7 @@ def test_split_seed_is_never_of_both_splits():
     [
         (ENDS, "its process has ended, exit code 3"),
         (KILLED, "its process has ended, by SIGKILL"),
-        (HANGS, "its process gave no reply for 1.0 s"),
+        (HANGS, "its process gave no reply for 1 s"),
         (RAISES, "the arm is off the table"),
     ],
 )
