@@ -3,16 +3,18 @@
 
     pip install -e '.[metaworld]'
     python benchmarks/episodes.py                         # some minutes on two idle cores
+    python benchmarks/episodes.py --workers 1 4 8 --envs 8    # rows for these numbers of processes
     python benchmarks/episodes.py --tabletop              # its rows alone, a minute
 
 Everywhere the same policy, random actions from a jitted function, and a picture at each decision: of 128 x 128, on the
-tabletop two of 40 x 40. So where every step is a decision, environment steps are image steps. Ours
-and gymnasium's `SyncVectorEnv` and `AsyncVectorEnv` step the same simulator class, drawn the same way; where gymnasium
-gives a picture at every step, ours decides at every step. Rows with chunks of 8 are what a policy of chunks needs. All
-in turns from one process, so that other load falls on all alike; what is compiled, started or made, is so before the
-clock. Columns: environment steps a second, fastest and median round; the first relative to ours of as many processes
-with a picture each step; labelled states a second. Rows of the device have environment steps a second of processor time
-too, median round: what other load takes from them least.
+tabletop two of 40 x 40. So where every step is a decision, environment steps are image steps. Ours and gymnasium's
+`SyncVectorEnv` and `AsyncVectorEnv` step the same simulator class, drawn the same way; where gymnasium gives a picture
+at every step, ours decides at every step. Rows with chunks of 8 are what a policy of chunks needs. All in turns from
+one process, so that other load falls on all alike; what is compiled, started or made, is so before the clock.
+
+Columns: environment steps a second, fastest and median round; the first relative to ours of as many processes with a
+picture each step (beside `SyncVectorEnv` the fewest, beside `AsyncVectorEnv` the most); labelled states a second. Rows
+of the device have environment steps a second of processor time, median round: what other load takes from them least.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import gymnasium
 import jax
@@ -34,7 +37,6 @@ from opd_jax.sampling.host_pool import Pool
 from opd_jax.worlds import metaworld, mujoco_gl, tabletop
 
 TASK, CHUNK = metaworld.NAMES.index("pick-place-v3"), 8
-ONE, TWO = "processes, 1 worker", "processes, 2 workers"
 
 
 def act(params, observation, keys):
@@ -126,44 +128,59 @@ def in_gymnasium(args, kind: type) -> Callable[[], tuple[int, int]]:
     return play
 
 
+class Contender(NamedTuple):
+    """A row."""
+
+    play: Callable[[], tuple[int, int]]
+    peer: str = ""  # the row that its steps a second are divided by; "": it is on the device
+
+
+def processes(workers: int) -> str:
+    return f"processes, {workers} worker" + "s" * (workers > 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("steps", 80), ("envs", 2), ("size", 128), ("table_batch", 64), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="processes of ours, a row for each number"
+    )
     parser.add_argument("--tabletop", action="store_true", help="its rows alone")
     args = parser.parse_args()
+    if not 1 <= min(args.workers) <= max(args.workers) <= args.envs:
+        parser.error(f"--workers {args.workers}: give 1 to --envs, {args.envs} simulators at once")
     contenders = {
-        "tabletop on the device": on_device(args),
-        "tabletop on the device, a picture each step": on_device(args, 1),
-        "tabletop on the device, and expert's": on_device(args, labelled=True),
+        "tabletop on the device": Contender(on_device(args)),
+        "tabletop on the device, a picture each step": Contender(on_device(args, 1)),
+        "tabletop on the device, and expert's": Contender(on_device(args, labelled=True)),
     }
     if args.tabletop:
         print(f"{os.cpu_count()} cores, {vars(args)}")
     else:
         contenders |= simulators(args)
-    measure(args, contenders)
+    measure(args.rounds, contenders)
 
 
-def simulators(args) -> dict[str, Callable[[], tuple[int, int]]]:
+def simulators(args) -> dict[str, Contender]:
     os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's; as many drawing threads as processes, for all alike
     print(f"{os.cpu_count()} cores, MUJOCO_GL={mujoco_gl.choose()}, {vars(args)}")
-    contenders = {
-        ONE: in_processes(args, 1, 1, 0),
-        "SyncVectorEnv": in_gymnasium(args, SyncVectorEnv),
-        TWO: in_processes(args, 2, 1, 0),
-        f"AsyncVectorEnv, {args.envs} processes": in_gymnasium(args, AsyncVectorEnv),
-    }
-    for workers in (1, 2):
-        contenders[f"chunks of 8, {workers} worker(s)"] = in_processes(args, workers, CHUNK, 0)
-        contenders[f"chunks of 8 and expert's, {workers} worker(s)"] = in_processes(args, workers, CHUNK, CHUNK)
-    return contenders
+    rows, fewest, most = {}, processes(min(args.workers)), processes(max(args.workers))
+    rows["SyncVectorEnv"] = Contender(in_gymnasium(args, SyncVectorEnv), fewest)
+    rows[f"AsyncVectorEnv, {args.envs} processes"] = Contender(in_gymnasium(args, AsyncVectorEnv), most)
+    for workers in args.workers:
+        own = processes(workers)
+        rows[own] = Contender(in_processes(args, workers, 1, 0), own)
+        rows[f"chunks of 8, {own}"] = Contender(in_processes(args, workers, CHUNK, 0), own)
+        rows[f"chunks of 8 and expert's, {own}"] = Contender(in_processes(args, workers, CHUNK, CHUNK), own)
+    return rows
 
 
-def measure(args, contenders: dict[str, Callable[[], tuple[int, int]]]) -> None:
-    rates = {name: [] for name in contenders}
-    labels, busy = dict.fromkeys(contenders, 0.0), {name: [] for name in contenders}
-    for turn in range(args.rounds + 1):
-        for name, play in contenders.items():
+def measure(rounds: int, contenders: dict[str, Contender]) -> None:
+    rates, busy = ({name: [] for name in contenders} for _ in range(2))
+    labels = dict.fromkeys(contenders, 0.0)
+    for turn in range(rounds + 1):
+        for name, (play, _) in contenders.items():
             began, worked = time.perf_counter(), time.process_time()
             steps, labelled = play()
             seconds, worked = time.perf_counter() - began, time.process_time() - worked
@@ -171,14 +188,12 @@ def measure(args, contenders: dict[str, Callable[[], tuple[int, int]]]) -> None:
                 rates[name].append(steps / seconds)
                 busy[name].append(steps / worked)
                 labels[name] = max(labels[name], labelled / seconds)
-    for name, found in rates.items():
-        peer = ONE if "1 worker" in name or ("Sync" in name and "Async" not in name) else TWO
-        if "device" in name:
-            ratio = f"{np.median(busy[name]):9.1f} of processor time"
-        else:
-            ratio = f"{max(found) / max(rates[peer]):8.2f}"
+    for name, (_, peer) in contenders.items():
+        found = rates[name]
+        of_peer = f"{max(found) / max(rates[peer]):8.2f}" if peer else ""
+        ratio = of_peer or f"{np.median(busy[name]):9.1f} of processor time"
         label = f"{labels[name]:8.1f} labelled/s" if labels[name] else ""
-        print(f"{name:44}{max(found):9.1f} {np.median(found):9.1f} steps/s {ratio} {label}")
+        print(f"{name:46}{max(found):9.1f} {np.median(found):9.1f} steps/s {ratio} {label}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def check_arm(check, config, name: str, mesh) -> None:
     alike = {other: arm_recipe(config, other) for other in config.arms}
     others = [other for other, its in alike.items() if not its.start and its.head == arm.head]
     from_one = not arm.start or arm.start in others
-    remedy = f"choose one of {', '.join(others)}" if others else "name it in `only`, too"
+    remedy = f"name it in `only`, too, or choose of {', '.join(others) or 'no others'}"
     check(from_one, f"start={arm.start!r} (arm {name}): is no arm of this run that begins with the student; {remedy}")
     teachers = [other for other, its in alike.items() if its.teacher == EXPERT and its.head == "bins"]
     by_arm = arm.teacher in teachers and arm.head == "bins" and arm.teacher != name

@@ -1,7 +1,7 @@
 """Simulators in processes as worlds of robot policies: Meta-World and LIBERO.
 
 The expert is asked where the simulator is: its chunk from every state that a policy comes to, simulator put back to the
-bit (`host_worker.expert_chunk`). So labels are those of the tabletop. Its own steps ahead are no environment steps.
+bit (`host_simulator.expert_chunk`). So labels are those of the tabletop. Its own steps ahead are no environment steps.
 """
 
 import abc
@@ -24,7 +24,7 @@ from opd_jax.models import vla
 from opd_jax.sampling import host_episodes
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_pool import Pool
-from opd_jax.sampling.host_worker import disturbed, shown
+from opd_jax.sampling.host_simulator import disturbed, shown
 from opd_jax.types import EpisodeRollout, PyTree
 from opd_jax.worlds import libero, metaworld, mujoco_gl
 

@@ -289,7 +289,11 @@ def bins(world: World, plan: Plan, sigma: float, floor: float, suites: Sequence[
         return Method(lambda _, batch, key: as_rollout(batch), lambda _, rollout: shown(rollout), update), optimizer
 
     def on_policy(recipe):
-        temperatures = {"student_temperature": recipe.temperature, "teacher_temperature": recipe.teacher_temperature}
+        temperatures = {
+            "student_temperature": recipe.temperature,
+            "teacher_temperature": recipe.teacher_temperature,
+            "acting_temperature": recipe.acting_temperature,
+        }
         by_success, acting = recipe.method == "grpo", cooled(policy_fn, recipe.acting_temperature)
         supervise = (
             vla_opd.grpo(acting) if by_success else vla_opd.supervise(policy_fn, recipe.objective, **temperatures)

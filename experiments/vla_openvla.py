@@ -98,14 +98,14 @@ def check_alike(student: Read, teacher: Read, path: str, proprioception: bool) -
 
     Its parameters run in the student's module, on the student's pictures, tokens and, where it has any, proprioception.
     """
-    both = [(student.statistics, teacher.statistics)]
+    both = {"": (student.statistics, teacher.statistics)}
     if proprioception:
-        both.append(tuple(one.model.proprioception[one.data_set] for one in (student, teacher)))
-    for own, other in both:
+        both["of proprioception, "] = tuple(one.model.proprioception[one.data_set] for one in (student, teacher))
+    for which, (own, other) in both.items():
         try:
             action_tokens.check_same(own, other)
         except ValueError as error:
-            raise ConfigError(f"teacher.path={path}: {error}") from error
+            raise ConfigError(f"teacher.path={path}: {which}{error}") from error
     if other := ", ".join(differences(student.model.module, teacher.model.module)):
         raise ConfigError(f"teacher.path={path}: differs from the student in {other}; choose one of its architecture")
     if not np.array_equal(student.ids, teacher.ids):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
 PyTree = Any
@@ -17,6 +18,11 @@ Metrics = dict[str, Array]
 VelocityFn = Callable[[PyTree, Float[Array, "B H W C"], Float[Array, "B"], PyTree], Float[Array, "B H W C"]]
 """`velocity_fn(params, x, t, condition) -> velocity`. A `jax.tree_util.Partial` where it carries frozen weights, so
 that they enter a jitted function as arguments and not as constants."""
+
+
+def as_partial(function: Callable) -> Partial:
+    """The function as a pytree, so that it can be bound to another `Partial` and its arrays enter jit as arguments."""
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 class Condition(NamedTuple):
@@ -68,7 +74,7 @@ class ActionTokens(NamedTuple):
     """Chunks of actions as bins, one token for each of A dimensions of H steps; leaves begin `[B, T]` in a rollout."""
 
     tokens: Int[Array, "*n H A"]
-    behavior_logp: Float[Array, "*n H A"]  # of the unmodified (T = 1) policy, in nats
+    behavior_logp: Float[Array, "*n H A"]  # of the policy that acted, at its temperature, in nats
 
 
 class ActionPaths(NamedTuple):

@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from opd_jax.losses import flow_matching
 from opd_jax.losses.policy_gradient import RewardLabels
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import PyTree, Supervise, VelocityFn, Weighted
+from opd_jax.types import PyTree, Supervise, VelocityFn, Weighted, as_partial
 
 
 class SampledAgain(NamedTuple):

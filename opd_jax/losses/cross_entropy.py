@@ -15,8 +15,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Int
 
 from opd_jax.losses.token_logp import token_logp
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import PyTree, Supervise, Weighted
+from opd_jax.types import PyTree, Supervise, Weighted, as_partial
 
 
 class Text(NamedTuple):

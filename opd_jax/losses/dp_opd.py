@@ -27,8 +27,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Key
 
 from opd_jax.losses.linear_divergence import Options, linear_divergence
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import PyTree, Supervise, Weighted
+from opd_jax.types import PyTree, Supervise, Weighted, as_partial
 
 
 class PrivateLabels(NamedTuple):

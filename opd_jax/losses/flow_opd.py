@@ -28,8 +28,8 @@ from jaxtyping import Array, Bool, Float
 from opd_jax.losses import gaussians
 from opd_jax.losses.gaussians import step_weights
 from opd_jax.losses.policy_gradient import clipped_surrogate
-from opd_jax.sampling.flow import as_partial, velocities
-from opd_jax.types import FlowLabels, FlowRollout, Supervise, VelocityFn, Weighted
+from opd_jax.sampling.flow import velocities
+from opd_jax.types import FlowLabels, FlowRollout, Supervise, VelocityFn, Weighted, as_partial
 
 __all__ = ["ESTIMATORS", "log_ratio_policy_gradient", "state_only_policy_gradient", "step_weights", "supervise"]
 

@@ -25,8 +25,7 @@ from jaxtyping import Array, Float
 
 from opd_jax.losses.linear_divergence import Options, linear_divergence
 from opd_jax.losses.token_logp import following
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import PyTree, Supervise, Weighted
+from opd_jax.types import PyTree, Supervise, Weighted, as_partial
 
 
 class TeacherStates(NamedTuple):

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from opd_jax.losses import gaussians
 from opd_jax.losses.token_logp import token_logp
-from opd_jax.sampling.flow import as_partial, velocities
-from opd_jax.types import FlowRollout, PyTree, Supervise, VelocityFn, Weighted
+from opd_jax.sampling.flow import velocities
+from opd_jax.types import FlowRollout, PyTree, Supervise, VelocityFn, Weighted, as_partial
 
 
 class RewardLabels(NamedTuple):

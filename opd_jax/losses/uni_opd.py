@@ -38,8 +38,7 @@ from opd_jax.losses.linear_divergence import Options, linear_divergence
 from opd_jax.losses.outcomes import Sides, check_choice, length_mean, order_violation, sides
 from opd_jax.losses.policy_gradient import clipped_surrogate
 from opd_jax.losses.token_logp import following, preceding, token_logp
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import PyTree, Supervise, Weighted
+from opd_jax.types import PyTree, Supervise, Weighted, as_partial
 
 Scalar = float | int | Float[Array, ""]
 MODES = ("mean", "minmax")

@@ -29,8 +29,7 @@ from jaxtyping import Array, Bool, Float
 from opd_jax.losses import gaussians
 from opd_jax.losses.divergences import divergence
 from opd_jax.losses.policy_gradient import RewardLabels, clipped_surrogate
-from opd_jax.sampling.flow import as_partial
-from opd_jax.types import EpisodeRollout, PathLabels, PyTree, Supervise, Weighted
+from opd_jax.types import EpisodeRollout, PathLabels, PyTree, Supervise, Weighted, as_partial
 
 OBJECTIVES = ("reverse_kl", "forward_kl", "hard_cross_entropy", "sampled")
 
@@ -41,6 +40,7 @@ def supervise(
     *,
     student_temperature: float | int = 1,
     teacher_temperature: float | int = 1,
+    acting_temperature: float | int | None = None,
 ) -> Supervise:
     """The divergence from the teacher, summed over the action tokens that were executed, in nats per episode.
 
@@ -50,12 +50,15 @@ def supervise(
             states, while the rollout is the student's own at `student_temperature`.
         student_temperature, teacher_temperature: divide the logits. Where they differ, the target is another policy
             than the teacher.
+        acting_temperature: at which the student drew the rollout's tokens; None: it did not draw them.
 
     Returns:
         `supervise(student_params, EpisodeRollout of ActionTokens, ActionLabels, key) -> Weighted`, a `Partial`; no
         randomness. Weight is the number of counted tokens. Metrics, means over them: `reverse_kl`, `student_entropy`,
         `teacher_entropy` in nats, `agreement` of the two modes, both values of `gradient_moments`, whatever the
-        objective; and `success` of the episode.
+        objective; of the rollout's tokens `log_ratio`, teacher - student, with its spread, and, where it is known how
+        they were drawn, `logp_diff`, by how much the student's log-probability is off the sampler's: rounding, before
+        the first update; and `success` of the episode.
 
         | case | loss and gradient |
         | --- | --- |
@@ -68,36 +71,44 @@ def supervise(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    static = functools.partial(_supervise, objective, student_temperature, teacher_temperature)
+    static = functools.partial(_supervise, objective, student_temperature, teacher_temperature, acting_temperature)
     return Partial(static, as_partial(policy_fn))
 
 
-def _supervise(objective, student_temperature, teacher_temperature, policy_fn, student_params, rollout, labels, key):
-    tokens, counted = rollout.drawn.tokens, _tokens_counted(rollout)
+def _supervise(
+    objective, student_temperature, teacher_temperature, acting_temperature, policy_fn, student_params, rollout, labels,
+    key,
+):  # fmt: skip
+    counted = _tokens_counted(rollout)
+    tokens = jnp.where(counted, rollout.drawn.tokens, 0)
     student = _logits(policy_fn, student_params, rollout, counted) * (1 / student_temperature)
     if labels.logits.shape != student.shape:
         raise ValueError(f"the teacher's logits {labels.logits.shape} are not of the student's shape {student.shape}")
     teacher = jax.lax.stop_gradient(jnp.where(counted[..., None], labels.logits, 0)) * (1 / teacher_temperature)
     reverse_kl = divergence(student, teacher, "reverse_kl")
     student_logp, teacher_logp = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (student, teacher))
-    best = jnp.argmax(teacher, -1)
+    best, own = jnp.argmax(teacher, -1), _at(student_logp, tokens)
+    log_ratio = _at(teacher_logp, tokens) - own
     if objective == "hard_cross_entropy":
         each = -_at(student_logp, best)
     elif objective == "sampled":
-        chosen = jnp.where(counted, tokens, 0)
-        own = _at(student_logp, chosen)
-        each = jax.lax.stop_gradient(own - _at(teacher_logp, chosen)) * own
+        each = jax.lax.stop_gradient(-log_ratio) * own
     else:
         each = reverse_kl if objective == "reverse_kl" else divergence(student, teacher, objective)
-    entropy = lambda logp: -jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0).sum(-1)
     metrics = {
         "reverse_kl": reverse_kl,
-        "student_entropy": entropy(student_logp),
-        "teacher_entropy": entropy(teacher_logp),
+        "student_entropy": _entropy(student_logp),
+        "teacher_entropy": _entropy(teacher_logp),
         "agreement": (jnp.argmax(student, -1) == best).astype(jnp.float32),
+        "log_ratio": log_ratio,
     } | gradient_moments(student_logp, teacher_logp)
+    if acting_temperature is not None:
+        acting = jax.nn.log_softmax(student.astype(jnp.float32) * (student_temperature / acting_temperature))
+        metrics["logp_diff"] = jnp.abs(_at(acting, tokens) - rollout.drawn.behavior_logp)
     metrics = {name: _mean(value, counted) for name, value in metrics.items()} | {"success": rollout.success}
-    return Weighted(_sum(each, counted), _sum(jnp.ones_like(each), counted), jax.lax.stop_gradient(metrics))
+    spread = {"log_ratio": jnp.where(counted, log_ratio, jnp.nan).reshape(len(counted), -1)}
+    weight = _sum(jnp.ones_like(each), counted)
+    return Weighted(_sum(each, counted), weight, *jax.lax.stop_gradient((metrics, spread)))
 
 
 def gradient_moments(
@@ -124,11 +135,11 @@ def gradient_moments(
 def grpo(policy_fn: Callable[[PyTree, PyTree], Array], *, clip: float = 0.2, clip_high: float = 0.28) -> Supervise:
     """`sum -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A)` over the action tokens that were executed, per episode.
 
-    SimpleVLA-RL (arXiv:2509.09674), without a KL: `rho = pi_S / pi_behavior` of the sampled token at temperature 1 and
-    the advantage of its episode, from success alone.
+    SimpleVLA-RL (arXiv:2509.09674), without a KL: `rho = pi_S / pi_behavior` of the sampled token and the advantage of
+    its episode, from success alone.
 
     Args:
-        policy_fn: as of `supervise`.
+        policy_fn: as of `supervise`, its logits divided by the temperature at which it acted.
         clip, clip_high: how far below and above 1 the ratio is credited.
 
     Returns:
@@ -149,7 +160,7 @@ def _grpo(clip, clip_high, policy_fn, student_params, rollout, labels: RewardLab
     metrics = {
         "ratio": ratio,
         "clip_fraction": ((ratio < 1 - clip) | (ratio > 1 + clip_high)).astype(jnp.float32),
-        "student_entropy": -(jnp.exp(logp) * logp).sum(-1),
+        "student_entropy": _entropy(logp),
     }
     metrics = {name: _mean(value, counted) for name, value in metrics.items()} | {"success": rollout.success}
     return Weighted(_sum(loss, counted), _sum(jnp.ones_like(loss), counted), jax.lax.stop_gradient(metrics))
@@ -236,6 +247,10 @@ def _logits(policy_fn, params, rollout: EpisodeRollout, counted: Bool[Array, "B 
 
 def _at(logp: Float[Array, "*n K"], index: Array) -> Float[Array, "*n"]:
     return jnp.take_along_axis(logp, index[..., None], -1)[..., 0]
+
+
+def _entropy(logp: Float[Array, "*n K"]) -> Float[Array, "*n"]:
+    return -jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0).sum(-1)
 
 
 def _sum(each: Float[Array, "B T H A"], counted: Bool[Array, "B T H A"]) -> Float[Array, "B"]:

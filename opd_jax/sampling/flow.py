@@ -13,11 +13,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from opd_jax.losses.gaussians import log_density, mean_velocity_coefficient, transition
-from opd_jax.types import FlowRollout, PyTree, VelocityFn
+from opd_jax.types import FlowRollout, PyTree, VelocityFn, as_partial
 
 __all__ = [
     "Path",
-    "as_partial",
     "as_rollout",
     "generate",
     "guided",
@@ -186,11 +185,6 @@ def guided(velocity_fn: VelocityFn, null_condition: PyTree, scale: float) -> Vel
         A `Partial` that holds `null_condition` and the weights within `velocity_fn`, so they stay arguments under jit.
     """
     return velocity_fn if scale == 1 else Partial(_guided, as_partial(velocity_fn), null_condition, scale)
-
-
-def as_partial(velocity_fn: VelocityFn) -> Partial:
-    """The function as a pytree, so that it can be bound to another `Partial` and its arrays enter jit as arguments."""
-    return velocity_fn if isinstance(velocity_fn, Partial) else Partial(velocity_fn)
 
 
 def _guided(velocity_fn, null_condition, scale, params, x, t, condition):

@@ -4,8 +4,8 @@
     with Pool(make, workers=2, batch=8) as pool:
         rollout, redone = host_episodes.rollout(pool, act_fn, params, starts, keys, plan=Plan(decisions=25, executed=8))
 
-The counterpart of `episodes` for simulators that are not JAX (`host_worker.Simulator`). `batch` of them are played at
-once, whatever the number of processes. Episode i has row `i % batch` in every call of the policy, and every call has
+The counterpart of `episodes` for simulators that are not JAX (`host_simulator.Simulator`). `batch` of them are played
+at once, whatever the number of processes. Episode i has row `i % batch` in every call of the policy, and every call has
 `batch` rows. So nothing recompiles, and the same episodes come out, to the bit, of any number of processes and after
 any number of their crashes: an episode is a function of its start, its key, the policy and `batch`.
 """

@@ -15,7 +15,8 @@ import time
 import weakref
 from multiprocessing import Pipe, connection
 
-from opd_jax.sampling.host_worker import Act, Begin, Failed, MakeFn, Turn
+from opd_jax.sampling.host_simulator import MakeFn
+from opd_jax.sampling.host_worker import Act, Begin, Failed, Turn
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS")  # 1, unless set; the last is Mesa's
 STARTUP = 300.0  # seconds that a process may take to import the simulator

@@ -25,9 +25,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from opd_jax import hosts, sharding
 from opd_jax.rng import per_record
-from opd_jax.sampling.flow import as_partial
 from opd_jax.sampling.token_filters import SamplingParams, check_ids, check_params, filter_logits
-from opd_jax.types import PyTree, TokenRollout
+from opd_jax.types import PyTree, TokenRollout, as_partial
 
 __all__ = [
     "Prompts",

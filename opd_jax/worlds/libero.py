@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from opd_jax.sampling.host_worker import split_seed
+from opd_jax.sampling.host_simulator import refused, split_seed
 from opd_jax.worlds import mujoco_gl
 
 HORIZONS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}  # steps, of OpenVLA's evaluation
@@ -56,7 +56,7 @@ OFFICIAL, FAST = Protocol(256, False), Protocol(128, True)  # published numbers 
 
 
 class Libero:
-    """One task of a suite, as `host_worker.Simulator`.
+    """One task of a suite, as `host_simulator.Simulator`.
 
     Args:
         task: its place in the suite.
@@ -72,7 +72,7 @@ class Libero:
     def __init__(self, task: int, *, suite: str = "spatial", protocol: Protocol = OFFICIAL):
         names = tasks(suite)
         if not 0 <= task < len(names):
-            raise _mistake(f"task={task}: libero_{suite} has {len(names)}; give 0 to {len(names) - 1}")
+            raise refused(f"task={task}: libero_{suite} has {len(names)}; give 0 to {len(names) - 1}")
         self.instruction, self.horizon = instruction(names[task]), HORIZONS[suite]
         root = _package()
         _check_assets(root)
@@ -89,9 +89,7 @@ class Libero:
 
     def reset(self, seed: int, split: str) -> None:
         if split == "test" and not 0 <= seed < len(self._states):
-            raise _mistake(
-                f"seed={seed}: a task has {len(self._states)} test scenes; give 0 to {len(self._states) - 1}"
-            )
+            raise refused(f"seed={seed}: a task has {len(self._states)} test scenes; give 0 to {len(self._states) - 1}")
         self._environment.seed(split_seed(seed, split))
         self._observed = self._environment.reset()
         if split == "test":
@@ -139,7 +137,7 @@ def numbered(task: int, *, protocol: Protocol = OFFICIAL) -> Libero:
         if 0 <= task < count:
             return Libero(task, suite=suite, protocol=protocol)
         task -= count
-    raise _mistake(f"task: {task} more than LIBERO has; give one of its suites'")
+    raise refused(f"task: {task} more than LIBERO has; give one of its suites'")
 
 
 def check() -> None:
@@ -154,7 +152,7 @@ def tasks(suite: str) -> tuple[str, ...]:
         ConfigError: no such suite, or the package is not installed.
     """
     if suite not in HORIZONS:
-        raise _mistake(f"suite={suite!r}: choose {', '.join(HORIZONS)}")
+        raise refused(f"suite={suite!r}: choose {', '.join(HORIZONS)}")
     path = _package() / "benchmark" / "libero_suite_task_map.py"  # alone: the folder's __init__ needs torch
     spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
     module = importlib.util.module_from_spec(spec)
@@ -204,9 +202,9 @@ def read_initial_states(path: str | Path) -> Float[np.ndarray, "N D"]:
             with archive.open(inner) as file:
                 states = _Arrays(file).load()
     except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
-        raise _mistake(f"initial states {path}: {error}; install them again: {INSTALL}") from error
+        raise refused(f"initial states {path}: {error}; install them again: {INSTALL}") from error
     if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype != np.float64:
-        raise _mistake(f"initial states {path}: not one float64 array of rows; install them again: {INSTALL}")
+        raise refused(f"initial states {path}: not one float64 array of rows; install them again: {INSTALL}")
     return states
 
 
@@ -217,7 +215,7 @@ def _package() -> Path:
     """The folder of `libero.libero`."""
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
-        raise _mistake(f"LIBERO is not installed: {INSTALL}")
+        raise refused(f"LIBERO is not installed: {INSTALL}")
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
@@ -226,12 +224,12 @@ def _environments() -> Any:
         import mujoco
 
         if tuple(map(int, mujoco.__version__.split(".")[:2])) >= (3, 4):
-            raise _mistake(
+            raise refused(
                 f"mujoco {mujoco.__version__}: LIBERO's states need one before 3.4: pip install mujoco==3.3.0"
             )
         from libero.libero import envs
     except ImportError as error:
-        raise _mistake(f"LIBERO cannot be imported ({error}): {INSTALL}") from error
+        raise refused(f"LIBERO cannot be imported ({error}): {INSTALL}") from error
     return envs
 
 
@@ -241,11 +239,11 @@ def _check_assets(root: Path) -> None:
     if given:
         there = Path(given).expanduser().resolve()
         if not (there / "scenes").is_dir():
-            raise _mistake(f"LIBERO_ASSET_PATH={given}: has no folder scenes; give one with LIBERO's assets")
+            raise refused(f"LIBERO_ASSET_PATH={given}: has no folder scenes; give one with LIBERO's assets")
         if own.resolve() != there:
             _link(own, there)
     if not (own / "scenes").is_dir():
-        raise _mistake(f"LIBERO's assets are not in {own}: {ASSETS}")
+        raise refused(f"LIBERO's assets are not in {own}: {ASSETS}")
 
 
 def _link(own: Path, there: Path) -> None:
@@ -261,10 +259,4 @@ def _link(own: Path, there: Path) -> None:
     except OSError as error:
         if own.resolve() != there:
             remedy = f"move {own} away and link it to {there}, or unset LIBERO_ASSET_PATH"
-            raise _mistake(f"LIBERO's {own} cannot become a link to {there} ({error.strerror}): {remedy}") from error
-
-
-def _mistake(line: str) -> Exception:
-    from opd_jax.config import ConfigError  # imports jax, which the processes of simulators are to do without
-
-    return ConfigError(line)
+            raise refused(f"LIBERO's {own} cannot become a link to {there} ({error.strerror}): {remedy}") from error

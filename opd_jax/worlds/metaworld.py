@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from opd_jax.sampling.host_worker import split_seed
+from opd_jax.sampling.host_simulator import refused, split_seed
 from opd_jax.worlds import mujoco_gl
 
 TASKS = {
@@ -92,7 +92,7 @@ REMEDY = "pip install 'opd_jax[metaworld]'"
 
 
 class MetaWorld:
-    """One task, as `host_worker.ExpertSimulator`.
+    """One task, as `host_simulator.ExpertSimulator`.
 
     Args:
         task: a name of `TASKS`, or its place there.
@@ -121,7 +121,7 @@ class MetaWorld:
         self.name, self.horizon, self._state = _name(task), horizon, state
         self.instruction = TASKS[self.name]
         if unknown := set(cameras) - set(CAMERAS):
-            raise _mistake(f"cameras={tuple(cameras)}: no {', '.join(unknown)}; choose of {', '.join(CAMERAS)}")
+            raise refused(f"cameras={tuple(cameras)}: no {', '.join(unknown)}; choose of {', '.join(CAMERAS)}")
         if cameras:
             mujoco_gl.choose()
         environments, policies, self._mujoco = _packages()
@@ -192,7 +192,7 @@ def _name(task: int | str) -> str:
         return task
     if not isinstance(task, str) and 0 <= task < len(NAMES):
         return NAMES[task]
-    raise _mistake(f"task={task!r}: give 0 to {len(NAMES) - 1}, or one of {', '.join(NAMES)}")
+    raise refused(f"task={task!r}: give 0 to {len(NAMES) - 1}, or one of {', '.join(NAMES)}")
 
 
 def check() -> None:
@@ -206,14 +206,8 @@ def _packages() -> tuple[Any, Any, Any]:
         from metaworld.env_dict import ENV_CLS_MAP
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
-        raise _mistake(f"Meta-World cannot be imported ({error}): {REMEDY}") from error
+        raise refused(f"Meta-World cannot be imported ({error}): {REMEDY}") from error
     return ENV_CLS_MAP, ENV_POLICY_MAP, mujoco
-
-
-def _mistake(line: str) -> Exception:
-    from opd_jax.config import ConfigError  # imports jax, which the processes of simulators are to do without
-
-    return ConfigError(line)
 
 
 def _is_plain(value: Any) -> bool:

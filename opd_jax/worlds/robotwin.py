@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from opd_jax.sampling.host_worker import split_seed
+from opd_jax.sampling.host_simulator import refused, split_seed
 
 TASKS = (  # of VLA-OPD and SimpleVLA-RL; any module of `envs` may be given
     "pick_dual_bottles", "place_empty_cup", "handover_block", "stack_bowls_two", "beat_block_hammer",
@@ -37,7 +37,7 @@ INSTALL = "clone github.com/RoboTwin-Platform/RoboTwin, run its script/_install.
 
 
 class RoboTwin:
-    """One task, as `host_worker.Simulator`. Its process works in the checkout's folder from then on.
+    """One task, as `host_simulator.Simulator`. Its process works in the checkout's folder from then on.
 
     Args:
         task: a module of `envs`, or a place in `TASKS`.
@@ -58,9 +58,9 @@ class RoboTwin:
         cameras: Sequence[str] = ("head_camera",),
     ):
         if not isinstance(task, str) and not 0 <= task < len(TASKS):
-            raise _mistake(f"task={task}: give 0 to {len(TASKS) - 1}, or a name, such as {TASKS[0]!r}")
+            raise refused(f"task={task}: give 0 to {len(TASKS) - 1}, or a name, such as {TASKS[0]!r}")
         if unknown := set(cameras) - set(CAMERAS):
-            raise _mistake(f"cameras={tuple(cameras)}: no {', '.join(unknown)}; choose of {', '.join(CAMERAS)}")
+            raise refused(f"cameras={tuple(cameras)}: no {', '.join(unknown)}; choose of {', '.join(CAMERAS)}")
         self.name, self._cameras = task if isinstance(task, str) else TASKS[task], tuple(cameras)
         folder = checkout(root)
         os.chdir(folder)  # RoboTwin's paths are relative to it
@@ -121,10 +121,10 @@ def checkout(root: str | None = None) -> Path:
     given = root or os.environ.get("ROBOTWIN_PATH", "")
     if not given or not (Path(given) / "envs" / "_base_task.py").is_file():
         what = f"{given}: no checkout of RoboTwin" if given else "RoboTwin is not found: ROBOTWIN_PATH is not set"
-        raise _mistake(f"{what}; {INSTALL}, and set ROBOTWIN_PATH to it")
+        raise refused(f"{what}; {INSTALL}, and set ROBOTWIN_PATH to it")
     folder = Path(given).resolve()
     if not (folder / "assets" / "embodiments").is_dir():
-        raise _mistake(f"RoboTwin's assets are not in {folder / 'assets'}; run its script/_download_assets.sh")
+        raise refused(f"RoboTwin's assets are not in {folder / 'assets'}; run its script/_download_assets.sh")
     return folder
 
 
@@ -140,11 +140,11 @@ def arguments(folder: Path, task: str, settings: str) -> dict[str, Any]:
         try:
             return yaml.safe_load(path.read_text())
         except OSError as error:
-            raise _mistake(f"RoboTwin's {path} cannot be read ({error.strerror}); update the checkout") from error
+            raise refused(f"RoboTwin's {path} cannot be read ({error.strerror}); update the checkout") from error
 
     def robot(name: str) -> tuple[str, dict[str, Any]]:
         if name not in robots:
-            raise _mistake(f"embodiment {name!r} of {settings}.yml: choose of {', '.join(robots)}")
+            raise refused(f"embodiment {name!r} of {settings}.yml: choose of {', '.join(robots)}")
         path = robots[name]["file_path"]
         return path, read(folder / path / "config.yml")
 
@@ -154,7 +154,7 @@ def arguments(folder: Path, task: str, settings: str) -> dict[str, Any]:
     left, *rest = found["embodiment"]
     head = found["camera"]["head_camera_type"]
     if head not in cameras:
-        raise _mistake(f"camera {head!r} of {settings}.yml: choose of {', '.join(cameras)}")
+        raise refused(f"camera {head!r} of {settings}.yml: choose of {', '.join(cameras)}")
     (left_path, left_about), (right_path, right_about) = robot(left), robot(rest[0] if rest else left)
     return found | {
         "task_name": task,
@@ -179,13 +179,7 @@ def _module(task: str) -> tuple[Any, type[Exception]]:
         return module, importlib.import_module("envs.utils.create_actor").UnStableError
     except ModuleNotFoundError as error:
         if error.name == f"envs.{task}":
-            raise _mistake(f"task={task!r}: RoboTwin has no such task; see the files of its envs") from error
-        raise _mistake(f"RoboTwin cannot be imported ({error}); {INSTALL}") from error
+            raise refused(f"task={task!r}: RoboTwin has no such task; see the files of its envs") from error
+        raise refused(f"RoboTwin cannot be imported ({error}); {INSTALL}") from error
     except ImportError as error:
-        raise _mistake(f"RoboTwin cannot be imported ({error}); {INSTALL}") from error
-
-
-def _mistake(line: str) -> Exception:
-    from opd_jax.config import ConfigError  # imports jax, which the processes of simulators are to do without
-
-    return ConfigError(line)
+        raise refused(f"RoboTwin cannot be imported ({error}); {INSTALL}") from error

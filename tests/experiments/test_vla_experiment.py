@@ -214,6 +214,14 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"held_out": tuple(f"object/{i}" for i in range(10))}, "has all of object"),
         ({"policy__executed": 9}, "policy.executed=9"),
         ({"policy__width": 36}, "policy.width=36"),
+        ({"policy__points": -1}, "policy.points=-1"),
+        ({"policy__layers": 0}, "policy.layers=0"),
+        ({"seeds": ()}, "seeds=()"),
+        ({"flow__steps": 1, "arms__vla_opd__head": "flow"}, "flow.steps=1"),
+        ({"flow__noise_level": 0.0, "arms__vla_opd__head": "flow"}, "flow.noise_level=0.0"),
+        ({"sft__decay_steps": 4}, "sft.steps=3: give 4 or more, warmup + decay_steps, or lower these"),
+        ({"arms__opd_then_grpo__warmup": 3}, "arm opd_then_grpo: steps=2: give 4 or more"),
+        ({"opd__steps": 0}, "steps=0 (arm vla_opd): give 1 or more"),
         ({"sigma": 0.0}, "sigma=0.0"),
         ({"demos": "somewhere"}, "demos=somewhere: the tabletop's expert demonstrates"),
         ({"base": "practised"}, "base='practised': is of simulators"),
@@ -240,6 +248,25 @@ def test_what_is_refused_before_anything(changes, says):
     with pytest.raises(ConfigError) as error:
         vla.validate(config_of(**changes), MESH)
     assert says in str(error.value)
+
+
+def test_an_arm_whose_start_is_left_out_says_what_to_do():
+    config = config_of()
+    del config.arms["vla_opd"]
+    with pytest.raises(ConfigError, match=r"start='vla_opd' \(arm opd_then_grpo\): is no .* name it in `only`, too"):
+        vla.validate(config, MESH)
+
+
+def test_an_arm_that_asks_no_teacher_needs_none(tmp_path):
+    """Though `opd.teacher` says that one is given: GRPO goes by success alone."""
+    config = config_of(opd__teacher="given", opd__method="grpo", opd__group=8, opd__batch_size=8)
+    del config.arms["opd_then_grpo"], config.arms["sft_many"]
+    own, found = Experiment(config, tmp_path, MESH), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "trained", lambda stage, *_, **run: found.setdefault(stage, run) and None)
+        patch.setattr(own, "student", lambda *_: stages.Made({}, "", "sha", 0.0, 0))
+        own.arm("vla_opd", 0)
+    assert found["vla_opd_seed0"]["teacher_params"] is None
 
 
 def test_stages_of_the_tabletop_are_those_of_before_there_were_worlds(tmp_path):

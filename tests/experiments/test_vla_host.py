@@ -29,7 +29,7 @@ from opd_jax import optim, rng
 from opd_jax.config import ConfigError
 from opd_jax.models import action_tokens
 from opd_jax.models.action_tokens import Statistics
-from opd_jax.sampling import host_worker
+from opd_jax.sampling import host_simulator
 from opd_jax.sampling.episodes import Plan
 from opd_jax.worlds import libero, metaworld
 
@@ -104,14 +104,14 @@ def test_students_begin_with_a_policy_that_has_practised_what_is_in_no_suite(tmp
     shown, (task,) = experiment.practice, {metaworld.NAMES.index("drawer-close-v3")}
     assert set(shown.task) == {task} and task not in experiment.tasks
     (begun,) = vla_host._scenes([task], experiment.config.practice.seed, "train").seed
-    simulator = host_worker.disturbed(functools.partial(metaworld.MetaWorld, cameras=(), state=True), task)
+    simulator = host_simulator.disturbed(functools.partial(metaworld.MetaWorld, cameras=(), state=True), task)
     simulator.reset(int(begun), "train")
     rows, steps = len(shown.task), 0
     for row in range(rows):  # all of the episode
         assert steps < 64 and not simulator.success()
         seen = experiment.world._kit.prepare(simulator.observe(), simulator.instruction)
         np.testing.assert_array_equal(shown.observation.proprioception[row], seen.proprioception)
-        np.testing.assert_array_equal(shown.actions[row], host_worker.expert_chunk(simulator._simulator, 8))
+        np.testing.assert_array_equal(shown.actions[row], host_simulator.expert_chunk(simulator._simulator, 8))
         for action in shown.actions[row]:
             if not simulator.success():
                 simulator.step(action)
@@ -154,7 +154,7 @@ def test_episodes_of_a_process_that_died_are_played_again_and_counted(tmp_path, 
     world = experiment.world
     params = jax.jit(experiment.module.init)(jax.random.key(0), world.example)["params"]
     act = vla_methods.greedy(vla_methods.logits_fn(experiment.module))
-    starts, update = world.starts(experiment.tasks, 0), vla_methods.counting(lambda *_: (None, {}))
+    starts, update = world.starts(experiment.tasks, 0), vla_methods.counting(lambda *_: (None, {}), {})
 
     def play(dies: bool, split: str = "train"):
         mark.touch() if dies else None
@@ -270,6 +270,27 @@ def test_demonstrations_of_a_data_set_are_those_of_its_tasks(experiment, tmp_pat
         read(str(tmp_path / "large"), numbers={text(b): b}, count=1)
 
 
+def test_a_run_learns_from_the_demonstrations_of_a_data_set(experiment, tmp_path):
+    """`demos` in place of the expert's; a student is trained on them, and another data set is another student."""
+    words = [experiment.world.tasks[task].instruction for task in experiment.tasks]
+    actions = write_data_set(tmp_path / "set", [*words, *words])
+    config = config_of(demos=str(tmp_path / "set"), base="", demonstrations__few=1, demonstrations__many=2)
+    vla.validate(config, MESH)
+    own = Experiment(config, tmp_path / "run", MESH)
+    np.testing.assert_array_equal(own.few.actions[:3, 0], actions[0])
+    assert len(own.many.task) == 12 and own.world.identity["demos"]
+    assert own.student(0, "bins").samples > 0
+    own.world._pool.close()
+
+
+def test_a_horizon_in_which_the_expert_never_succeeds_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(vla_methods, "PATIENCE", 2)
+    own = Experiment(config_of(simulators__horizon=3), tmp_path, MESH)
+    with pytest.raises(ConfigError, match=r"v3: its expert fails in all of 2 episodes of 3 steps and shows"):
+        own.few  # noqa: B018
+    own.world._pool.close()
+
+
 # ---- directories -----------------------------------------------------------------------------------------------------
 
 
@@ -311,16 +332,29 @@ def test_a_directory_s_policy_acts_and_is_labelled_by_another(directory, tmp_pat
     experiment.world._pool.close()
 
 
-def test_a_teacher_to_whom_tokens_mean_something_else_is_refused(directory, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "says"),
+    [
+        ("config.json", ("norm_stats", "mt", "action", "q99", 1), 0.6, r"q99 of the student is .*unnorm_key"),
+        ("config.json", ("text_config", "rope_theta"), 7e3, r"differs from the student in language_model.rope;"),
+        ("config.json", ("pad_to_multiple_of",), 32, r"differs from the student in used_vocab_size;"),
+        ("preprocessor_config.json", ("means", 0, 1), 0.25, r"takes pictures of|differs from the student in towers"),
+    ],
+)
+def test_a_teacher_to_whom_the_same_means_something_else_is_refused(directory, tmp_path, file, keys, value, says):
+    """Its parameters would run in the student's module: a valid number, and not its answer."""
     other = tmp_path / "teacher"
     other.mkdir()
-    for file in directory.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    config = json.loads((other / "config.json").read_text())
-    config["norm_stats"]["mt"]["action"]["q99"][1] = 0.6
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"teacher: q99 of the student is .*unnorm_key"):
+    for one in directory.iterdir():
+        (other / one.name).write_bytes(one.read_bytes())
+    whole = inner = json.loads((other / file).read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (other / file).write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match=says) as error:
         vla_host.MetaWorld(of_directory(directory, teacher__path=str(other)), MESH)
+    assert "\n" not in str(error.value)
 
 
 def test_actions_become_the_robot_s_and_come_back():
@@ -361,6 +395,10 @@ def test_actions_become_the_robot_s_and_come_back():
         ({"practice__tasks": (), "suites": ("mt50",)}, "leave no task to practise; set base=''"),
         ({"practice__episodes": 0}, "practice.episodes=0"),
         ({"practice__batch_size": 9, "practice__micro_batches": 2}, "practice: 9 records do not divide into 2"),
+        ({"simulators__size": 30}, "simulators.size=30: give a multiple of 4"),
+        ({"simulators__size": 36, "policy__points": 0}, "simulators.size=36: give a multiple of 8"),
+        ({"policy__width": 100}, "policy.width=100: give a multiple of 8"),
+        ({"opd__decay_steps": 2, "opd__warmup": 1}, "arm vla_opd: steps=2: give 3 or more, warmup + decay_steps"),
         ({"practice__warmup": 2}, "practice.steps=2: give 3 or more, warmup + decay_steps, or lower these"),
     ],
 )

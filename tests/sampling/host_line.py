@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from opd_jax.sampling.host_worker import split_seed
+from opd_jax.sampling.host_simulator import split_seed
 
 FINE, ENDS, KILLED, HANGS, RAISES, ALWAYS_RAISES, SPAWNS = range(7)
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from host_line import ALWAYS_RAISES, ENDS, FINE, HANGS, KILLED, RAISES, SPAWNS, Line
 
-from opd_jax.sampling import episodes, host_episodes, host_worker
+from opd_jax.sampling import episodes, host_episodes, host_simulator, host_worker
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_episodes import Starts
 from opd_jax.sampling.host_pool import Pool, SimulatorError
@@ -129,10 +129,10 @@ def test_groups_share_their_start_and_splits_do_not(tmp_path):
 
 
 def test_split_seed_is_never_of_both_splits():
-    seeds = {split: {host_worker.split_seed(seed, split) for seed in range(100)} for split in host_worker.SPLITS}
+    seeds = {split: {host_simulator.split_seed(seed, split) for seed in range(100)} for split in host_simulator.SPLITS}
     assert len(seeds["train"] | seeds["test"]) == 200
     with pytest.raises(ValueError, match="split='eval': choose train or test"):
-        host_worker.split_seed(0, "eval")
+        host_simulator.split_seed(0, "eval")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_idle_simulators_are_kept_for_tasks_to_come():
 
 
 def test_a_shown_simulator_says_what_its_expert_does():
-    simulator = host_worker.shown(functools.partial(Line, folder=""), FINE, steps=3)
+    simulator = host_simulator.shown(functools.partial(Line, folder=""), FINE, steps=3)
     simulator.reset(FIRST, "train")
     seen, place = simulator.observe()["expert"], simulator.place
     assert seen.shape == (3, 1) and seen.dtype == np.float32 and simulator.horizon == 13 and simulator.place == place
@@ -303,7 +303,7 @@ def told(simulator, seed, split="train", steps=40):
 
 
 def test_disturbances_are_of_the_episode_and_more_in_some_than_in_others():
-    simulator = host_worker.disturbed(functools.partial(Line, folder=""), FINE)
+    simulator = host_simulator.disturbed(functools.partial(Line, folder=""), FINE)
     episodes = np.stack([told(simulator, seed) for seed in range(24)])
     np.testing.assert_array_equal(told(simulator, 3), episodes[3])  # whatever was played before
     assert (told(simulator, 3, "test") != episodes[3]).any()
@@ -315,16 +315,16 @@ def test_disturbances_are_of_the_episode_and_more_in_some_than_in_others():
 
 
 def test_an_expert_within_disturbances_looks_ahead_without_them():
-    make = functools.partial(host_worker.shown, functools.partial(Line, folder=""), steps=4)
-    simulator = host_worker.disturbed(make, FINE)
+    make = functools.partial(host_simulator.shown, functools.partial(Line, folder=""), steps=4)
+    simulator = host_simulator.disturbed(make, FINE)
     for seed in range(4):
         simulator.reset(seed, "train")
         simulator.step(np.ones(1, np.float32))
         shown = simulator.observe()["expert"]
-        np.testing.assert_array_equal(shown, host_worker.expert_chunk(simulator._simulator, 4))
+        np.testing.assert_array_equal(shown, host_simulator.expert_chunk(simulator._simulator, 4))
 
 
 def test_protocols_are_those_of_the_example():
-    assert isinstance(Line(FINE, ""), host_worker.ExpertSimulator)
-    assert not isinstance(DeviceLine(), host_worker.Simulator)
+    assert isinstance(Line(FINE, ""), host_simulator.ExpertSimulator)
+    assert not isinstance(DeviceLine(), host_simulator.Simulator)
     assert isinstance(pickle.loads(pickle.dumps(host_line.maker(""))), functools.partial)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from opd_jax.config import ConfigError
-from opd_jax.sampling import host_worker
+from opd_jax.sampling import host_simulator
 from opd_jax.worlds import libero
 
 installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason=libero.INSTALL)
@@ -181,7 +181,7 @@ PROTOCOLS = (libero.OFFICIAL._replace(size=64), libero.FAST._replace(size=64))
 def test_an_episode_of_a_stand_in(whole, protocol):
     drawing.needed("mujoco")
     simulator = libero.Libero(0, suite="goal", protocol=protocol)
-    assert isinstance(simulator, host_worker.Simulator)
+    assert isinstance(simulator, host_simulator.Simulator)
     inner = simulator._environment
     assert (simulator.instruction, simulator.horizon) == ("turn on the stove", 300)
     assert inner.how["bddl_file_name"] == str(whole / "bddl_files/libero_goal/turn_on_the_stove.bddl")

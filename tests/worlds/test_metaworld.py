@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opd_jax.config import ConfigError
-from opd_jax.sampling import host_episodes, host_worker
+from opd_jax.sampling import host_episodes, host_simulator
 from opd_jax.sampling.episodes import Plan
 from opd_jax.sampling.host_episodes import Starts
 from opd_jax.sampling.host_pool import Pool
@@ -48,7 +48,7 @@ def test_tables_are_complete():
 @pytest.mark.parametrize("task", ["drawer-open-v3", "pick-place-v3"])
 def test_expert_succeeds_and_is_seen(task):
     simulator = MetaWorld(task, cameras=("corner2", "gripperPOV"), size=64)
-    assert isinstance(simulator, host_worker.ExpertSimulator)
+    assert isinstance(simulator, host_simulator.ExpertSimulator)
     simulator.reset(0, "test")
     before = simulator.observe()
     while not simulator.success():
@@ -70,7 +70,7 @@ def test_expert_succeeds_and_is_seen(task):
 def test_snapshot_puts_everything_back(task):
     simulator = MetaWorld(task, cameras=())
     plain = played(simulator, steps=60)
-    chunks = played(simulator, steps=60, disturb=lambda simulator: host_worker.expert_chunk(simulator, 8))
+    chunks = played(simulator, steps=60, disturb=lambda simulator: host_simulator.expert_chunk(simulator, 8))
     np.testing.assert_array_equal(plain, chunks)
 
 
@@ -84,7 +84,7 @@ def test_reset_leaves_nothing_of_the_episode_before(task):
 def test_expert_chunk_is_its_own_episode():
     simulator = MetaWorld("reach-v3", cameras=())
     simulator.reset(0, "train")
-    chunk = host_worker.expert_chunk(simulator, 5)
+    chunk = host_simulator.expert_chunk(simulator, 5)
     for action in chunk:
         np.testing.assert_array_equal(action, simulator.expert())
         simulator.step(action)
@@ -116,7 +116,7 @@ def test_states_of_ten_tasks_lie_between_their_bounds(task):
 
 def test_scenes_of_splits_differ():
     simulator, goals = MetaWorld("reach-v3", cameras=()), {}
-    for split in host_worker.SPLITS:
+    for split in host_simulator.SPLITS:
         for seed in range(6):
             simulator.reset(seed, split)
             goals[split, seed] = tuple(simulator._environment._target_pos)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.config import ConfigError
-from opd_jax.sampling import host_worker
+from opd_jax.sampling import host_simulator
 from opd_jax.worlds import robotwin
 
 TASK = """
@@ -96,7 +96,7 @@ def test_an_episode_of_a_stand_in(checkout):
     assert inner.told == simulator.instruction == "lift it" and simulator.horizon == 30
     assert inner.settings["head_camera_w"] == 320 and inner.settings["left_embodiment_config"] == {"planner": "curobo"}
     assert inner.settings["dual_arm_embodied"] and not inner.settings["render_freq"]
-    assert isinstance(simulator, host_worker.Simulator)
+    assert isinstance(simulator, host_simulator.Simulator)
     seen = simulator.observe()
     assert seen["images"].shape == (1, 2, 3, 3) and seen["proprioception"].shape == (robotwin.ACTION_DIMS,)
     simulator.step(simulator.idle)
