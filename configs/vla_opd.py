@@ -3,7 +3,7 @@
     python experiments/main.py --config=configs/vla_opd.py          # ten things that go into a basket
     python experiments/main.py --config=configs/vla_opd.py:full     # the tabletop's four suites, and every other arm
     python experiments/main.py --config=configs/vla_opd.py:seeds    # the default's arms, three seeds
-    python experiments/main.py --config=configs/vla_opd.py:tiny     # every kind of arm, a step or two
+    python experiments/main.py --config=configs/vla_opd.py:tiny     # three arms, a step or two
     python experiments/main.py --config=configs/vla_opd.py:metaworld                  # ten tasks of a real simulator
     python experiments/main.py --config=configs/vla_opd.py:metaworld_state            # without pictures
     python experiments/main.py --config=configs/vla_opd.py:paper --config.student.path=... --config.teacher.path=...

@@ -193,7 +193,8 @@ def shown(experiment: Experiment, name: str, made) -> tuple[list, dict]:
     head = arm_recipe(experiment.config, name).head
     before = experiment.student(experiment.config.seeds[0], head).params
     films, maps = pictures(experiment, {BEFORE[head]: before, name: made.params}, head)
-    return [films], {"Reverse KL from the expert along episodes, nats per token": maps} if maps else {}
+    teacher = "expert" if experiment.world.expert else "given teacher"
+    return [films], {f"Reverse KL from the {teacher} along episodes, nats per token": maps} if maps else {}
 
 
 def by_costs(experiment: Experiment, lines: list[dict]) -> dict[str, dict]:
