@@ -1,6 +1,7 @@
 """Pieces that several configs share: models, and the settings of a family of experiments."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from opd_jax.worlds import domains, functions, reasoning, scenes
 
@@ -112,7 +113,7 @@ def language_experiment() -> ConfigDict:
             "residual": False,  # labels without what the teacher's style shares: Lightning OPD 2.0
             "allow_inconsistent_teacher": False,
             "divergence": "sampled",  # online: of the sampled token, or exact: reverse_kl, forward_kl, ...
-            "parameter": None,  # of the divergence
+            "parameter": placeholder(float),  # of the divergence; None: its own
             "weighting": "unit",  # lightning: unit, reference, sampling
             "clip": 0.3,  # of the advantage, in nats; the paper's 10 led offline arms astray in batches of 64
             "steps": 120,

@@ -176,7 +176,7 @@ def _paper(config: ConfigDict) -> None:
     config.sampler.update(
         {"steps": 10, "shift": 3.0, "double_shift": True, "noise_level": 0.7}
     )  # the first nine steps are trained
-    # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore)
+    # Flow-GRPO's reference: 48 groups of 24, beta 0.04 (GenEval, OCR) or 0.01 (PickScore, the teacher of quality's)
     config.grpo.update({"method": "flow_grpo", "prompts": 48, "group": 24, "learning_rate": 3e-4, "updates": 2})
     config.grpo.update({"steps": 1_000, "micro_batches": 72, "ema_decay": 0.987})  # steps not stated; 0.9 per 8 updates
     config.grpo.flow_grpo.update(
@@ -189,6 +189,7 @@ def _paper(config: ConfigDict) -> None:
             ("geneval", "geneval", "geneval"), ("ocr", "ocr", "ocr"), ("quality", "pickscore", "quality"),
         )
     }  # fmt: skip
+    config.teachers.quality.flow_grpo = {"beta": 0.01}
     config.grpo_mix = {  # the baseline, 3:1:1
         "prompts": ("geneval", "geneval", "geneval", "ocr", "pickscore"),
         "rewards": ("geneval", "geneval", "geneval", "ocr", "quality"),

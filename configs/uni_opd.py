@@ -72,17 +72,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "upsample": True,  # offline balancing
             "balance": True,  # answers balanced by outcome, right to wrong as ratio to 1
             "ratio": 1.0,
-            "scope": "group",
+            "scope": "group",  # within which right and wrong answers are balanced: group, of a prompt, or batch
             "margin": "shift",  # shift, mask, none, reinforce
-            "delta": 0.4,
-            "mode": "mean",
-            "direction": "both",
-            "retain": 0.25,
-            "token_gap": 10.0,
+            "delta": 0.4,  # nats that right answers are to lead wrong ones by
+            "mode": "mean",  # of right and of wrong answers; or minmax, the worst right and the best wrong one
+            "direction": "both",  # which the shift moves; or correct_up, incorrect_down
+            "retain": 0.25,  # share of the answers of a side that margin=mask leaves at least
+            "token_gap": 10.0,  # nats; tokens whose log-ratio is as large are left out
             "shuffled": False,  # a control: outcomes dealt out at random within the batch
             "clip": 0.2,
             "clip_high": 0.28,
-            "reduction": "record",
+            "reduction": "record",  # every answer counts as one; or token, each token
             "steps": 64,
             "batch_size": 20,  # prompts of an update
             "group": 8,  # answers per prompt

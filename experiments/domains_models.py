@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from experiments import domains, domains_reading, language, reasoning_models, stages
+from experiments.recipes import check_counts, check_names
 from opd_jax import data, loop, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
@@ -18,7 +19,8 @@ from opd_jax.worlds import domains as world
 def validate(config, mesh) -> None:
     with checks() as check:
         earlier = {""}
-        for name in config.order:
+        check_counts(check, config, "save_every")
+        for name in check_names(check, config, "order", config.models):
             part = config.models[name]
             check(part.start in earlier, f"{name}.start={part.start!r}: choose one of {sorted(earlier)}")
             wrong = optim.schedule_mistake(part.steps, config.warmup, part.decay_steps)

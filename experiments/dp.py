@@ -8,7 +8,8 @@ import numpy as np
 
 from experiments import dp_stages
 from experiments.dp_stages import Experiment
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe, check_arms
 from opd_jax import hosts, metrics, report, sharding
 from opd_jax.config import ConfigError, checks, fingerprint, versions
 from opd_jax.losses import dp_opd
@@ -23,6 +24,7 @@ BY_EPSILON = "perplexity of held-out private records"
 def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     with checks() as check:
+        check_arms(check, config)
         part, teacher = config.privacy, config.teacher
         check(not hosts.several(), "--distributed: secret and ledger are of one process; leave it out, or one host")
         check(part.epsilon > 0, f"privacy.epsilon={part.epsilon}: give a number above 0")
@@ -74,6 +76,9 @@ def check_arm(check, config, name: str, mesh) -> None:
     arm = arm_recipe(config, name)
     check(0 <= arm.on_policy <= 1, f"on_policy={arm.on_policy} (arm {name}): a probability, 0 to 1")
     check(0 <= arm.own_weight <= 1, f"own_weight={arm.own_weight} (arm {name}): give 0 to 1")
+    warm = arm.temperature == 1 or not arm.own_weight
+    check(warm, f"temperature={arm.temperature} (arm {name}): own_weight={arm.own_weight} is of text at 1; give 1")
+    check(arm.temperature > 0, f"temperature={arm.temperature} (arm {name}): give a number above 0")
     try:
         dp_opd.divergence_of(arm.beta)
     except ValueError as error:

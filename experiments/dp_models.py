@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import dp_records, language, reasoning_models, stages
+from experiments.recipes import check_counts, check_names
 from opd_jax import data, loop, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
@@ -23,8 +24,10 @@ def validate(config, mesh) -> None:
     with checks() as check:
         longest = functions.TOKENS
         check(config.row_tokens >= longest, f"row_tokens={config.row_tokens}: give {longest} or more, a whole record")
-        for name in config.order:
+        check_counts(check, config, "save_every")
+        for name in check_names(check, config, "order", config.models):
             part = config.models[name]
+            check(not part.start, f"{name}.start={part.start!r}: these models begin with nothing; set ''")
             wrong = optim.schedule_mistake(part.steps, config.warmup, part.decay_steps)
             check(not wrong, f"{name}: {wrong}")
         uneven = sharding.uneven(config.rows, mesh, "rows")

@@ -14,7 +14,8 @@ from configs import dp_models as models_config
 from experiments import dp_methods, dp_models, dp_records, language, reasoning_models, stages
 from experiments.dp_records import Texts
 from experiments.language import LanguageModel
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe
 from opd_jax import data, privacy, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import command_line

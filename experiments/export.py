@@ -26,7 +26,7 @@ from absl import flags
 
 from configs import domains_models, dp_models
 from experiments import domains, reasoning_models, reasoning_stores, scenes, stages
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from opd_jax import config as config_lib
 from opd_jax.checkpoint import open_params
 from opd_jax.config import ConfigError, write_atomic

@@ -1,6 +1,7 @@
 """Flow-OPD on a world: base -> one GRPO teacher per reward -> cold start -> students, and the table."""
 
 import functools
+import re
 import shlex
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flow_methods, latents, scenes, stages
+from experiments.recipes import arm_recipe, check_arms, check_counts, check_recipe
 from opd_jax import hosts, loop, metrics, optim, report, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import checks, command_line, fingerprint, versions
@@ -23,6 +25,8 @@ from opd_jax.rewards import combination
 from opd_jax.rewards.remote import Scores
 
 WORLDS = {"scenes": scenes.Scenes, "pipeline": latents.Pipeline}  # flow_methods.World
+PART_KEYS = ("path", "prompts", "rewards")  # of a teacher or the mixture; what else it has changes `grpo`
+GRPO_METHODS = ("awm", "flow_grpo")
 INITS = ("merge", "base")  # where a student starts; or where an arm ended that started from one of these
 ARM_CHOICES = {
     "method": ("opd", "offline"),
@@ -33,9 +37,14 @@ ARM_CHOICES = {
 
 def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
+    with checks() as check:
+        check(config.world in WORLDS, f"world={config.world!r}: choose one of {', '.join(WORLDS)}")
     world = WORLDS[config.world]
     with checks() as check:
-        known_tasks, own_rewards = world.tasks(config), world.own_rewards
+        check_arms(check, config)
+        check_counts(check, config, "eval.prompts", "lora.rank")
+        known_tasks = world.tasks(config)
+        check(len(config.tasks) > 0, f"tasks=(): choose of {list(config.teachers)}")
         for name in config.tasks:
             check(name in config.teachers, f"tasks: {name!r} has no teacher; teachers are {list(config.teachers)}")
             check(name in known_tasks, f"tasks: {name!r} has no prompts; choose of {known_tasks}")
@@ -44,45 +53,71 @@ def validate(config, mesh) -> None:
         check(config.sampler.kind in kinds, f"sampler.kind={config.sampler.kind!r}: choose one of {kinds}")
         steps = config.sampler.steps
         check(steps > 1, f"sampler.steps={steps}: give at least 2, the last is not trained")
-        methods, window = ("awm", "flow_grpo"), config.grpo.flow_grpo.window
-        check(config.grpo.method in methods, f"grpo.method={config.grpo.method!r}: choose one of {', '.join(methods)}")
-        check(1 <= window <= steps, f"grpo.flow_grpo.window={window}: choose 1..{steps}, sampler.steps")
+        try:
+            re.compile(config.lora.pattern)
+        except re.error as error:
+            check(False, f"lora.pattern={config.lora.pattern!r}: {error}; give a regular expression")
         for name, part in rewarded(config).items():
-            warm = grpo_recipe(config, part).warm_start
-            uneven = sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")
-            check(warm.steps == 0 or not uneven, uneven)
-            wrong = optim.schedule_mistake(warm.steps, warm.warmup, warm.decay_steps) if warm.steps else ""
-            check(not wrong, f"{name}.warm_start: {wrong}")
-            check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
-            check(set(part.prompts) <= set(known_tasks), f"{name}.prompts={part.prompts}: choose of {known_tasks}")
-            known = (*own_rewards, *config.judges) + (("",) if part.get("path") else ())
-            check(set(part.rewards) <= set(known), f"{name}.rewards={part.rewards}: choose of {known}")
-        for name in config.judges:
-            check(name not in own_rewards, f"judges.{name}: is a reward of the world already; choose another name")
-        for name, judge in used_judges(config).items():
-            for line in combination.mistakes(judge.get("weights", {}), judge.get("rewards", {})):
-                check(False, f"judges.{name}: {line}")
+            check_rewarded(check, config, name, part, mesh)
+        check_judges(check, config)
         for name in config.arms:
-            arm = arm_recipe(config, name)
-            for key, known in ARM_CHOICES.items():
-                check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
-            inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
-            check(arm.init in inits, f"init={arm.init!r} (arm {name}): choose one of {', '.join(inits)}")
-            wrong = optim.schedule_mistake(arm.steps, arm.warmup, arm.get("decay_steps", 0))
-            check(not wrong, f"arm {name}: {wrong}")
-        trained = {f"arm {name}": arm_recipe(config, name) for name in config.arms}
-        trained |= {"grpo": config.grpo} if grpo_parts(config) and not config.shipped else {}
-        for name, part in trained.items():
-            each, left = divmod(part.prompts * part.group, part.get("updates", 1))
-            uneven = sharding.uneven(part.prompts, mesh, "prompts")
-            uneven = uneven or sharding.uneven_parts(each, part.micro_batches, mesh)
-            check(not uneven and not left, f"{name}: {uneven or f'{left} records are left over by updates'}")
+            check_arm(check, config, name, mesh)
         for line in world.mistakes(config):
             check(False, line)
     if config.shipped:
         base = stages.load(scenes.SHIPPED_BASE)
         for name, part in grpo_parts(config).items():
             stages.load(shipped(name), stages.recipe_of(grpo_settings(config, part), base.sha256))
+
+
+def check_rewarded(check, config, name: str, part, mesh) -> None:
+    """A teacher, or the mixture: what it is rewarded for, and how it is trained where it is."""
+    world = WORLDS[config.world]
+    for key in (key for key in part if key not in (*PART_KEYS, *config.grpo)):
+        check(False, f"{name}.{key}: neither {', '.join(PART_KEYS)} nor a setting of grpo, {', '.join(config.grpo)}")
+    check(len(part.prompts) == len(part.rewards), f"{name}: give one reward for each of prompts={part.prompts}")
+    known = world.tasks(config)
+    check(set(part.prompts) <= set(known), f"{name}.prompts={part.prompts}: choose of {known}")
+    known = (*world.own_rewards, *config.judges) + (("",) if part.get("path") else ())
+    check(set(part.rewards) <= set(known), f"{name}.rewards={part.rewards}: choose of {known}")
+    if config.shipped or part.get("path"):
+        return
+    recipe, of = grpo_recipe(config, part), f"({name})"
+    warm, window, steps = recipe.warm_start, recipe.flow_grpo.window, config.sampler.steps
+    if warm.steps:
+        check_recipe(check, warm, f"({name}.warm_start)")
+        check(not (uneven := sharding.uneven(warm.pairs, mesh, f"{name}.warm_start.pairs")), uneven)
+    check_recipe(check, recipe, of)
+    check(recipe.method in GRPO_METHODS, f"grpo.method={recipe.method!r} {of}: choose one of {', '.join(GRPO_METHODS)}")
+    check(1 <= window <= steps, f"grpo.flow_grpo.window={window} {of}: choose 1..{steps}, sampler.steps")
+    if check(recipe.updates > 0, f"grpo.updates={recipe.updates} {of}: give 1 or more"):
+        check_batch(check, recipe, f"grpo of {name}", mesh)
+
+
+def check_judges(check, config) -> None:
+    for name in config.judges:
+        own = name in WORLDS[config.world].own_rewards
+        check(not own, f"judges.{name}: is a reward of the world already; choose another name")
+    for name, judge in used_judges(config).items():
+        for line in combination.mistakes(judge.get("weights", {}), judge.get("rewards", {})):
+            check(False, f"judges.{name}: {line}")
+
+
+def check_arm(check, config, name: str, mesh) -> None:
+    arm = arm_recipe(config, name)
+    for key, known in ARM_CHOICES.items():
+        check(arm[key] in known, f"{key}={arm[key]!r} (arm {name}): choose one of {', '.join(known)}")
+    inits = (*INITS, *(other for other in config.arms if arm_recipe(config, other).init in INITS))
+    remedy = f"choose one of {', '.join(inits)}, or name it in `only`, too"
+    check(arm.init in inits, f"init={arm.init!r} (arm {name}): is no arm of this run; {remedy}")
+    check_batch(check, arm, f"arm {name}", mesh)
+
+
+def check_batch(check, recipe, name: str, mesh) -> None:
+    each, left = divmod(recipe.prompts * recipe.group, recipe.get("updates", 1))
+    uneven = sharding.uneven(recipe.prompts, mesh, "prompts")
+    uneven = uneven or sharding.uneven_parts(each, recipe.micro_batches, mesh)
+    check(not uneven and not left, f"{name}: {uneven or f'{left} records are left over by updates'}")
 
 
 def shipped(stage: str) -> Path:
@@ -106,19 +141,11 @@ def used_judges(config) -> dict[str, dict]:
     return {name: judge for name, judge in config.judges.to_dict().items() if name in names}
 
 
-def arm_recipe(config, name: str):
-    """The settings of one student: `config.opd` with what its arm changes."""
-    recipe = config.opd.copy_and_resolve_references()
-    with recipe.unlocked():
-        recipe.update(config.arms[name])
-    return recipe
-
-
 def grpo_recipe(config, part):
     """The settings of one specialist: `config.grpo` with what its part changes."""
     recipe = config.grpo.copy_and_resolve_references()
     with recipe.unlocked():
-        recipe.update({key: value for key, value in part.items() if key in ("steps", "learning_rate", "warm_start")})
+        recipe.update({key: value for key, value in part.items() if key in config.grpo and key not in PART_KEYS})
     return recipe
 
 
@@ -361,7 +388,8 @@ def write(experiment: Experiment, models: list[Model], made: dict[str, stages.Ma
         )
         for task, texts in shown.items()
     ]
-    main = made.get("flow_opd", world.base)
+    main_name = "flow_opd" if "flow_opd" in made else list(made)[-1]
+    main = made[main_name]
     timings = {name: part.seconds for name, part in made.items() if name != "base"}
     summary = {
         "table": tables["Held-out prompts"],
@@ -384,7 +412,8 @@ def write(experiment: Experiment, models: list[Model], made: dict[str, stages.Ma
         notes=[
             f"{world.note} Seconds and images of a student include its teachers'; those of shipped models are of the "
             "machine that made them, those of given ones are not counted.",
-            f"params_sha256 of flow_opd: {main.sha256}; devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
+            f"params_sha256 of {main_name}: {main.sha256}",
+            f"Devices: {jax.device_count()} {jax.devices()[0].device_kind}.",
         ],
     )
     print(report.format_table(tables["Held-out prompts"]))

@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-import importlib
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -48,7 +48,11 @@ def main(argv) -> None:
     config = _CONFIG.value
     config_lib.keep_arms(config)
     jax.config.update("jax_disable_most_optimizations", config.compile_quickly)
-    experiment = importlib.import_module(f"experiments.{config.experiment}")
+    name = config.experiment
+    name = config.experiment
+    if importlib.util.find_spec(f"experiments.{name}") is None:
+        raise config_lib.ConfigError(f"experiment={name!r}: there is no experiments/{name}.py; give one that is there")
+    experiment = importlib.import_module(f"experiments.{name}")
     mesh = sharding.make_mesh(config.mesh)
     experiment.validate(config, mesh)
     workdir = _WORKDIR.value or os.path.join("runs", f"{config.experiment}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 from configs import dp_models as models_config
 from experiments import dp_methods, dp_records, dp_stages, language, plan_models, plan_steps
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result, shapes_of
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe
 from opd_jax import privacy, sharding
 from opd_jax.models import decoder, gpt2, lora
 from opd_jax.models.decoder import Decoder, partition_rules

@@ -114,7 +114,7 @@ def heading(config, mesh) -> list[str]:
 
 def recipe_of(config, name: str):
     if name in config.arms:
-        return flow_opd.arm_recipe(config, name)
+        return arm_recipe(config, name)
     return flow_opd.grpo_recipe(config, flow_opd.grpo_parts(config)[name])
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from configs import reasoning_models
 from experiments import language, plan_models, plan_steps, token_methods
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result, shapes_of
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe
 from opd_jax import sharding
 from opd_jax.losses.lightning_opd import LightningLabels
 from opd_jax.losses.policy_gradient import RewardLabels

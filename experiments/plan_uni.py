@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from configs import domains_models as models_config
 from experiments import domains, plan_models, plan_steps, token_methods, uni_methods, uni_setup
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe
 from experiments.uni_methods import Judged
 from experiments.uni_setup import Model
 from opd_jax import sharding

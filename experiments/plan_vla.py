@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from experiments import plan_models, plan_steps, stages, vla_methods, vla_policies, vla_stages, vla_tabletop
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from opd_jax import sharding
 from opd_jax.losses import vla_opd
 from opd_jax.models import attention, vla

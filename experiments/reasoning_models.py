@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import language, stages
+from experiments.recipes import check_counts, check_names
 from opd_jax import data, loop, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
 from opd_jax.losses import cross_entropy
@@ -23,7 +24,8 @@ def validate(config, mesh) -> None:
         longest = reasoning.PROMPT_TOKENS + reasoning.SOLUTION_TOKENS
         check(config.row_tokens >= longest, f"row_tokens={config.row_tokens}: give {longest} or more, a whole record")
         earlier = {""}
-        for name in config.order:
+        check_counts(check, config, "save_every")
+        for name in check_names(check, config, "order", config.models):
             part = config.models[name]
             check(part.start in earlier, f"{name}.start={part.start!r}: choose one of {sorted(earlier)}")
             wrong = optim.schedule_mistake(part.steps, config.warmup, part.decay_steps)

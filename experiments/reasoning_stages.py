@@ -11,6 +11,7 @@ import jax
 
 from experiments import language, reasoning_stores, stages, token_methods
 from experiments.reasoning_stores import Teacher
+from experiments.recipes import arm_recipe
 from opd_jax import hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError, command_line
@@ -18,14 +19,6 @@ from opd_jax.models.decoder import partition_rules
 from opd_jax.models.hf import check_same_tokenizer, save_decoder
 from opd_jax.sampling.tokens import SamplingParams
 from opd_jax.teachers import lookup, store
-
-
-def arm_recipe(config, name: str):
-    """The settings of one arm: `config.opd` with what it changes."""
-    recipe = config.opd.copy_and_resolve_references()
-    with recipe.unlocked():
-        recipe.update(config.arms[name])
-    return recipe
 
 
 def sampling_params(part, max_new_tokens: int, stop_ids: tuple[int, ...], pad_id: int) -> SamplingParams:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
+from configs import common
 from experiments import flow_methods, flow_opd, latents, scenes, stages
 from opd_jax import config as config_lib
 from opd_jax import report, sharding
@@ -26,6 +27,9 @@ _COUNT = flags.DEFINE_integer("count", 16, "Number of pictures.", lower_bound=1,
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of the ODE; default as in the run's evaluation.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "PNG to write; default WORKDIR/samples/STAGE.png.")
+
+
+DRAWING = ("flow_opd", "scenes_base")  # experiments whose stages draw pictures
 
 
 def checkpoints(workdir: Path, with_shipped: bool | None) -> dict[str, Path]:
@@ -52,12 +56,19 @@ def main(argv) -> None:
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
     config = config_lib.load(workdir / "config.json")
+    if config.experiment not in DRAWING:
+        raise ConfigError(
+            f"{workdir}: is a run of {config.experiment}; pictures are drawn of one of {' or '.join(DRAWING)}"
+        )
     pipeline = config.get("world") == "pipeline"
     try:
         captions = captions if pipeline else [parse(caption).caption for caption in captions]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    found = checkpoints(workdir, None if pipeline else config.get("shipped", False))
+    of_shipped = not pipeline and config.model.to_dict() == common.scene_model().to_dict()
+    found = checkpoints(workdir, config.get("shipped", False) if of_shipped else None)
+    if not found:
+        raise ConfigError(f"{workdir}: has made no stage yet; wait for its first")
     students = [name for name in found if name.startswith("flow_opd_seed")]
     stage = _STAGE.value or (students or list(found))[-1]
     if stage not in found:

@@ -7,6 +7,7 @@ import jax
 
 from experiments import scenes as pieces
 from experiments import stages
+from experiments.recipes import check_counts, check_names
 from opd_jax import loop, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
 from opd_jax.losses import flow_matching
@@ -16,7 +17,8 @@ from opd_jax.worlds.scenes import TASKS
 
 def validate(config, mesh) -> None:
     with checks() as check:
-        for name in config.phases:
+        check_counts(check, config, "save_every", "eval.prompts")
+        for name in check_names(check, config, "phases", (key for key in config if key in ("draw", "web", "crawl"))):
             phase = phase_of(config, name)
             wrong = optim.schedule_mistake(phase.steps, phase.warmup, phase.decay_steps)
             check(not wrong, f"{name}: {wrong}")

@@ -8,9 +8,10 @@ import numpy as np
 
 from configs import domains_models as models_config
 from experiments import domains, language, uni_setup
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe, check_arms, check_counts
 from experiments.uni_stages import Experiment, order_violations
-from opd_jax import metrics, optim, report, sharding
+from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses import balancing, uni_opd
 from opd_jax.losses.divergences import F_DIVERGENCES
@@ -33,6 +34,8 @@ def validate(config, mesh) -> None:
     """Everything that can be wrong with the config, before anything expensive. Raises: ConfigError with all of it."""
     embedded = not config.problems.path
     with checks() as check:
+        check_arms(check, config)
+        check_counts(check, config, "balancing.samples", "balancing.cap", *(["eval.problems"] if embedded else []))
         language.check_compute(check, config.compute)
         if embedded:
             check_world(check, config)
@@ -52,7 +55,7 @@ def validate(config, mesh) -> None:
         length = sharding.uneven_tokens(room + config.sampler.max_new_tokens, mesh, "prompt and sampler.max_new_tokens")
         for uneven in (sharding.uneven(config.sampler.slots, mesh, "sampler.slots"), length):
             check(not uneven, uneven)
-        for name, part in {"sampler": config.sampler, "eval": config.eval}.items():
+        for name, part in {"sampler": config.sampler, "eval": config.eval, "balancing": config.balancing}.items():
             try:
                 check_params(sampling_params(part, 1, (0,), 0))
             except ValueError as error:
@@ -62,9 +65,12 @@ def validate(config, mesh) -> None:
 
 
 def check_world(check, config) -> None:
-    known = models_config.get_config().models
-    check(set(config.problems.levels) <= set(world.LEVELS), f"problems.levels: choose of {world.LEVELS}")
-    room = 48 if max(config.problems.levels) < 4 else world.SOLUTION_TOKENS
+    known, levels = models_config.get_config().models, config.problems.levels
+    check(levels and set(levels) <= set(world.LEVELS), f"problems.levels={levels}: choose of {world.LEVELS}")
+    check_counts(check, config, "problems.count")
+    own = config.student.path
+    check(not own, f"student.path={own}: problems.path='' are of the embedded world, and so is its student")
+    room = 48 if max(levels, default=0) < 4 else world.SOLUTION_TOKENS
     short = config.sampler.max_new_tokens < room and config.shipped
     check(not short, f"sampler.max_new_tokens={config.sampler.max_new_tokens}: solutions of these levels need {room}")
     for name, setting in config.settings.items():
@@ -89,17 +95,20 @@ def check_arm(check, config, name: str, mesh) -> None:
         says = f"arm {name}: teacher {teacher} is served and gives log-probs of samples only; divergence='sampled'"
         check(not (served and exact), says)
     count = len(config.settings[arm.setting])
+    if not check(count > 0, f"settings.{arm.setting}={{}}: give teachers by domain"):
+        return
+    check(arm.label_parts > 0, f"label_parts={arm.label_parts} (arm {name}): give 1 or more")
     even = arm.batch_size % count == 0
     check(even, f"batch_size={arm.batch_size} (arm {name}): give a multiple of its {count} domains")
     each = arm.batch_size // count * arm.group
     uneven = "" if arm.method == "offline" else sharding.uneven(arm.batch_size, mesh)
     uneven = uneven or sharding.uneven(each, mesh, "answers of a domain in a batch, batch_size / domains * group,")
-    whole = uneven or each % (arm.label_parts * sharding.record_parts(mesh)) == 0
+    whole = uneven or each % (max(arm.label_parts, 1) * sharding.record_parts(mesh)) == 0
     check(whole, f"label_parts={arm.label_parts} (arm {name}): {each} answers do not divide; choose a divisor")
     uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(not uneven, f"arm {name}: {uneven}")
-    wrong = optim.schedule_mistake(arm.steps, arm.warmup, arm.decay_steps)
-    check(not wrong, f"arm {name}: {wrong}")
+    wide = all(isinstance(width, int) and width > 0 for width in arm.widths)
+    check(wide, f"widths={arm.widths} (arm {name}): give numbers of tokens, or () for the whole width")
     stored = arm.method != "offline" or arm.divergence == "sampled"
     check(stored, f"divergence={arm.divergence!r} (arm {name}): a store has the log-probs of samples; 'sampled'")
     check(arm.group > 1, f"group={arm.group} (arm {name}): outcomes are compared within a prompt; give 2 or more")

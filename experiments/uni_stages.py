@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import language, reasoning_stores, stages, token_methods, uni_methods, uni_setup
-from experiments.reasoning_stages import arm_recipe, sampling_params
+from experiments.reasoning_stages import sampling_params
+from experiments.recipes import arm_recipe
 from experiments.uni_setup import Model, Setup
 from opd_jax import hosts, rng, sharding
 from opd_jax.config import command_line, write_atomic

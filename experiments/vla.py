@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe, check_arms, check_recipe
 from experiments.vla_methods import EXPERT, GIVEN, PRACTISED
 from experiments.vla_notes import NOISE, noise, redone, redone_note, sooner, sooner_note, zeros
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import BASES, WORLDS, Experiment
-from opd_jax import metrics, optim, report, sharding
+from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
 from opd_jax.models import attention, remat
@@ -29,7 +29,7 @@ def validate(config, mesh) -> None:
         known = config.world in WORLDS
         if check(known, f"world={config.world!r}: choose one of {', '.join(WORLDS)}"):
             check_tasks(check, config)
-        check(len(config.seeds) > 0, "seeds=(): give one or more, such as (0,)")
+        check_arms(check, config)
         check_policies(check, config)
         check(config.sigma > 0, f"sigma={config.sigma}: give a number above 0")
         check(0 <= config.floor < 1, f"floor={config.floor}: give a share below 1")
@@ -71,11 +71,7 @@ def check_supervised(check, recipe, name: str, mesh) -> None:
     uneven = sharding.uneven(recipe.batch_size, mesh)
     uneven = uneven or sharding.uneven_parts(recipe.batch_size, recipe.micro_batches, mesh)
     check(not uneven, f"{name}: {uneven}")
-    check(not (wrong := schedule_mistake(recipe)), f"{name}.{wrong}")
-
-
-def schedule_mistake(recipe) -> str:
-    return optim.schedule_mistake(recipe.steps, recipe.warmup, recipe.decay_steps)
+    check_recipe(check, recipe, f"({name})")
 
 
 def check_tasks(check, config) -> None:
@@ -111,8 +107,8 @@ def check_arm(check, config, name: str, mesh) -> None:
     check(from_one, f"start={arm.start!r} (arm {name}): is no arm of this run that begins with the student; {remedy}")
     teachers = [other for other, its in alike.items() if its.teacher == EXPERT and its.head == "bins"]
     by_arm = arm.teacher in teachers and arm.head == "bins" and arm.teacher != name
-    taught = by_arm or arm.teacher in (EXPERT, GIVEN)
-    check(taught, f"teacher={arm.teacher!r} (arm {name}): choose {EXPERT} or an arm over bins, {', '.join(teachers)}")
+    taught, choices = by_arm or arm.teacher in (EXPERT, GIVEN), ", ".join((EXPERT, GIVEN, *teachers))
+    check(taught, f"teacher={arm.teacher!r} (arm {name}): choose one of {choices}, or name the arm in `only`, too")
     world = WORLDS.get(config.world)
     labelled = arm.method == "opd"
     alone = labelled and arm.teacher == EXPERT and world and not world.expert
@@ -132,9 +128,6 @@ def check_arm(check, config, name: str, mesh) -> None:
     uneven = sharding.uneven(arm.batch_size, mesh)
     uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
     check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
-    if arm.method != "sft":
-        check(arm.steps > 0, f"steps={arm.steps} (arm {name}): give 1 or more")
-        check(not (wrong := schedule_mistake(arm)), f"arm {name}: {wrong}")
 
 
 def run(config, workdir: Path, mesh) -> None:

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages, vla_methods
+from experiments.recipes import check_counts
 from experiments.vla_tabletop import first_observation, module_of
 from opd_jax import data, hosts, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
@@ -32,6 +33,7 @@ def recipe_of(config) -> str:
 
 def validate(config, mesh) -> None:
     with checks() as check:
+        check_counts(check, config, "save_every", "eval.moments")
         for phase in ("practice", "again"):
             uneven = sharding.uneven(config[phase].batch_size, mesh, f"{phase}.batch_size")
             check(not uneven, uneven)

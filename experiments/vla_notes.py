@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.vla_methods import EXPERT, REDONE
 from experiments.vla_stages import Experiment
 

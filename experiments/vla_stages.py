@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import stages, vla_flow, vla_host, vla_methods, vla_tabletop
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.vla_methods import Acting, Demonstrations
 from opd_jax import data, hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256

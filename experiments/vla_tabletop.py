@@ -142,8 +142,10 @@ class Tabletop:
     @staticmethod
     def mistakes(config) -> list[str]:
         own = not config.demos, f"demos={config.demos}: the tabletop's expert demonstrates; set ''"
+        paths = {name: config[name].path for name in ("student", "teacher")}
+        given = [(not path, f"{name}.path={path}: is of simulators; set ''") for name, path in paths.items()]
         base = config.base != PRACTISED, f"base={PRACTISED!r}: is of simulators; give shipped, a file or ''"
-        return [line for good, line in (own, base) if not good]
+        return [line for good, line in (own, base, *given) if not good]
 
     def first(self, init, key) -> PyTree:
         params = jax.jit(init)(key, self.example)

@@ -5,6 +5,7 @@ Everything a user can get wrong here is a `ConfigError`: one line per mistake, w
 code 2 from `run`. A traceback is left for mistakes that are ours.
 """
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -148,7 +149,17 @@ def checks() -> Iterator[Callable[[Any, str], bool]]:
 
     yield check
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join(_merged(lines)))
+
+
+def _merged(lines: Sequence[str]) -> list[str]:
+    """Lines that differ by the arm alone that they are about, `(arm NAME)` or `arm NAME:`, as one of all these arms."""
+    arms: dict[str, list[str]] = {}
+    for line in lines:
+        of = re.search(r"\barm (\w+)(?=[):])", line)
+        arms.setdefault(line.replace(of[0], "arm *") if of else line, []).extend([of[1]] if of else [])
+    named = lambda names: f"arm{'s' * (len(names) > 1)} {', '.join(names)}"
+    return [line.replace("arm *", named(names)) for line, names in arms.items()]
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -258,25 +269,55 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if spec is None:
         raise ConfigError("no --config; give one, such as --config=configs/flow_opd.py:tiny")
     config = load_config(spec)
+    of_arms = {arg: own for arg in argv if (own := _of_arm(arg, config))}
+    argv = [arg for arg in argv if arg not in of_arms]
     keys = [match[1] for arg in argv if (match := re.match(r"--?config\.([^=]+)", arg))]
     with checks() as check:
         for key in keys:
             message = suggest(key, config)
             check(message is None, f"--config.{key}: {message}")
+    whole, sys.argv = sys.argv, argv  # where config_flags looks for what it is to override
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise ConfigError(_describe(error, config)) from error
+    finally:
+        sys.argv = whole
+    for arm, key, value in of_arms.values():
+        with flags.FLAGS.config.unlocked():
+            flags.FLAGS.config.arms[arm][key] = value
+    return rest
+
+
+def _of_arm(arg: str, config: ConfigDict) -> tuple[str, str, Any] | None:
+    """Arm, key and value of `--config.arms.ARM.KEY=VALUE`, where `opd` has the key and the arm, so far, has not.
+
+    Raises:
+        ConfigError: a value of another type than that of `opd`.
+    """
+    match = re.match(r"--?config\.arms\.(\w+)\.(\w+)=(.*)", arg, re.DOTALL)
+    arms, opd = config.get("arms", {}), config.get("opd", {})
+    if not match or match[1] not in arms or match[2] in arms[match[1]] or match[2] not in opd:
+        return None
+    arm, key, text = match.groups()
+    default, value = opd[key], text
+    if not isinstance(default, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    value = float(value) if isinstance(default, float) and type(value) is int else value
+    if default is not None and type(value) is not type(default):
+        kind = type(default).__name__
+        raise ConfigError(f"--config.arms.{arm}.{key}={text}: give a value of type {kind}, as opd's {default!r}")
+    return arm, key, value
 
 
 def _describe(error: Exception, config: ConfigDict) -> str:
     """The last line of an absl error, which is the one about the value, and the default the value replaces."""
     line = str(error).strip().splitlines()[-1]
     if (match := re.match(r"flag --config\.([\w.]+)=", line)) and suggest(match[1], config) is None:
-        value = config
-        for part in match[1].split("."):
-            value = value[part]
-        line += f"; give a {type(value).__name__}, as the default {value!r}"
+        *path, last = match[1].split(".")
+        part = functools.reduce(lambda part, name: part[name], path, config)
+        line += f"; give a {part.get_type(last).__name__}, as the default {part[last]!r}"
     return line
 
 
@@ -329,11 +370,24 @@ def _commit() -> str | None:
         return None
 
 
+def _comparable(*configs: Config) -> list[dict[str, Any]]:
+    """Configs without what a run may be resumed with otherwise: seeds, and arms that not all of them have."""
+    whole = [to_json(config) for config in configs]
+    arms = set.intersection(*(set(config.get("arms", {})) for config in whole))
+    for config in whole:
+        for key in ("seeds", "only", "save_every"):
+            config.pop(key, None)
+        if "arms" in config:
+            config["arms"] = {name: changes for name, changes in config["arms"].items() if name in arms}
+    return whole
+
+
 def prepare_workdir(workdir: str | os.PathLike, config: Config, *, resume: bool) -> Path:
     """Claims the folder of a run and writes `config.json` and `versions.json`, one entry per start, into it.
 
     An absent or empty folder starts a new run with or without `resume`, so that a job which is restarted after being
-    killed can always be given `--resume`.
+    killed can always be given `--resume`. A run may be resumed with other seeds, other arms (`only`) and another
+    `save_every`: what is made already is not made again.
 
     Raises:
         ConfigError: the path is a file or cannot be written; the folder holds something and `resume` is false; or it
@@ -356,7 +410,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: Config, *, resume: bool)
             raise ConfigError(f"--workdir={workdir}: not empty; add --resume to continue its run, or give a new folder")
         if not (workdir / "config.json").exists():
             raise ConfigError(f"--workdir={workdir}: holds no config.json, so no run to resume; give a new folder")
-        if changed := differences(load(workdir / "config.json"), config):
+        if changed := differences(*_comparable(load(workdir / "config.json"), config)):
             raise ConfigError(
                 f"--workdir={workdir}: cannot resume with another config ({'; '.join(changed)}); undo, or new folder"
             )

@@ -56,7 +56,10 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     if list(shape.values()).count(-1) == 1 and known > 0 and count % known == 0:
         shape = {name: count // known if size == -1 else size for name, size in shape.items()}
     if any(size < 1 for size in shape.values()) or math.prod(shape.values()) != count:
-        raise ConfigError(f"mesh={shape}: does not fit {count} devices; the sizes must multiply to {count}")
+        plain = {"data": -1} | {name: 1 for name in shape if name != "data"}
+        given = " ".join(f"--config.mesh.{name}={size}" for name, size in plain.items())
+        remedy = f"make the sizes multiply to {count}, as by {given}"
+        raise ConfigError(f"mesh={shape}: does not fit {count} devices; {remedy}")
     shape = {name: size for name, size in shape.items() if size > 1} or {"data": 1}
     axis_types = (AxisType.Auto,) * len(shape)
     try:

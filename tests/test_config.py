@@ -70,6 +70,14 @@ def test_checks_reports_every_mistake_once():
         assert check(1, "fine") is True
 
 
+def test_checks_says_once_what_is_wrong_with_several_arms():
+    with pytest.raises(ConfigError) as caught, config_lib.checks() as check:
+        for arm in ("a", "b"):
+            check(False, f"steps=0 (arm {arm}): give 1 or more")
+            check(arm != "b", f"clip=0 (arm {arm}): give more")
+    assert str(caught.value) == "steps=0 (arms a, b): give 1 or more\nclip=0 (arm b): give more"
+
+
 def test_checks_does_not_hide_another_exception():
     with pytest.raises(ZeroDivisionError), config_lib.checks() as check:
         check(False, "line")
@@ -121,7 +129,9 @@ from ml_collections import ConfigDict
 def get_config(variant="default"):
     if variant not in ("default", "tiny"):
         raise ValueError(f"variant={variant!r}: choose default or tiny")
-    return ConfigDict({"seed": 0, "student": {"lr": 1e-3}, "dims": (3, 4)})
+    opd = {"rate": 1e-3, "steps": 5, "shuffled": False, "teacher": "expert", "widths": (1,)}
+    arms = {"a": {}, "b": {"steps": 7}}
+    return ConfigDict({"seed": 0, "student": {"lr": 1e-3}, "dims": (3, 4), "opd": opd, "arms": arms})
 """
 
 
@@ -165,6 +175,9 @@ def test_run_prints_one_line_per_mistake_and_exits_2(tmp_path):
         (["--config", "connf.py"], "did you mean conf.py?"),
         (["--config=conf.py:wat"], "variant='wat': choose default or tiny"),
         (["--config=conf.py", "--config.student.lr=abc"], "'abc'; give a float, as the default 0.001"),
+        (["--config=conf.py", "--config.arms.a.steps=1.5"], "arms.a.steps=1.5: give a value of type int, as opd's 5"),
+        (["--config=conf.py", "--config.arms.a.stps=1"], "no key 'stps' in 'arms.a.stps'"),
+        (["--config=conf.py", "--config.arms.c.steps=1"], "no key 'c' in 'arms.c.steps'"),
         (["--config=conf.py", "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ],
 )
@@ -182,6 +195,37 @@ def test_parse_flags_in_this_process(tmp_path, monkeypatch, args, expected):
     with pytest.raises(ConfigError) as caught:
         config_lib.parse_flags(["main.py", *args])
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_arm_is_given_what_opd_has(tmp_path, monkeypatch):
+    """On the command line; what `opd` and other arms have stays as it is."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    (tmp_path / "conf.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    own = ("rate=2", "steps=3", "shuffled=true", "teacher=7", "widths=(3,4)")
+    args = ["main.py", "--config=conf.py", *(f"--config.arms.a.{one}" for one in own), "--config.arms.b.steps=9"]
+    monkeypatch.setattr(sys, "argv", args)
+    config_lib.parse_flags(args)
+    arms = holder.value.arms.to_dict()
+    assert arms == {
+        "a": {"rate": 2.0, "steps": 3, "shuffled": True, "teacher": "7", "widths": (3, 4)}, "b": {"steps": 9}
+    }  # fmt: skip
+    assert isinstance(arms["a"]["rate"], float) and holder.value.opd.steps == 5 and sys.argv == args
+
+
+def test_a_run_goes_on_with_other_seeds_and_arms_and_not_with_an_arm_that_has_changed(tmp_path):
+    config = {"seeds": [0], "only": [], "save_every": 5, "steps": 3, "arms": {"a": {"x": 1}, "b": {"x": 2}}}
+    config_lib.prepare_workdir(tmp_path, config, resume=False)
+    other = config | {"seeds": [0, 1], "only": ["b", "c"], "save_every": 2, "arms": {"b": {"x": 2}, "c": {"x": 3}}}
+    config_lib.prepare_workdir(tmp_path, other, resume=True)
+    assert config_lib.load(tmp_path / "config.json").seeds == [0, 1]
+    with pytest.raises(ConfigError, match=r"another config \(arms.b.x: 2 -> 9; steps: 3 -> 4\)"):
+        config_lib.prepare_workdir(tmp_path, other | {"steps": 4, "arms": {"b": {"x": 9}}}, resume=True)
 
 
 def test_prepare_workdir_fresh_resume_and_refusals(tmp_path):

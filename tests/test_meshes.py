@@ -39,7 +39,7 @@ from configs import dp_opd, flow_opd, opd, uni_opd, vla_opd
 from experiments import dp, language, reasoning, token_methods, uni_methods, vla
 from experiments import flow_opd as flow_experiment
 from experiments import uni_opd as uni_opd_experiment
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.uni_methods import Judged
 from experiments.uni_setup import Model
 from opd_jax import cost, optim, sharding

@@ -9,7 +9,7 @@ from meshes import HOW, MESHES, STUDENT, TEACHER, exhaustive, on_one_device, par
 
 from configs import dp_opd
 from experiments import dp_methods
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from opd_jax import optim, sharding
 from opd_jax.models import lora
 from opd_jax.privacy import Mechanism

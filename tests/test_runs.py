@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_jax import config as config_lib
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 BASE = "--config=configs/scenes_base.py:tiny"
@@ -174,3 +176,9 @@ def test_sample_refuses_what_it_cannot_draw(base_run, tmp_path):
     assert "purple" in draw(base_run, "a purple circle")
     assert "nothing" in draw(base_run, "a red circle", "--stage=nothing")
     assert str(tmp_path) in draw(tmp_path, "a red circle")
+    for name, settings, says in (
+        ("dp", {"experiment": "dp"}, "is a run of dp; pictures are drawn of one of flow_opd or scenes_base"),
+        ("early", {"experiment": "flow_opd", "model": {"num_layers": 1}}, "has made no stage yet"),
+    ):
+        config_lib.save(tmp_path / name / "config.json", settings)
+        assert says in draw(tmp_path / name, "a red circle")

@@ -48,7 +48,9 @@ def test_make_mesh_sets_an_auto_mesh(shape, expected):
 
 @pytest.mark.parametrize("shape", [{"data": 3}, {"data": -1, "tensor": 3}, {"data": 0}, {"data": -1, "tensor": -1}])
 def test_make_mesh_refuses_what_does_not_fit(shape):
-    with pytest.raises(ConfigError, match=r"mesh=.*: does not fit 8 devices; the sizes must multiply to 8"):
+    with pytest.raises(
+        ConfigError, match=r"mesh=.*: does not fit 8 devices; make the sizes multiply to 8, as by --config.mesh.data=-1"
+    ):
         sharding.make_mesh(shape)
 
 

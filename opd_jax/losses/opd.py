@@ -53,9 +53,9 @@ def supervise(
 
     Returns:
         `supervise(student_params, rollout, TeacherStates, key) -> Weighted`, a `Partial`; it uses no randomness.
-        Metrics, means over a record's tokens: `reverse_kl`, `forward_kl`, `student_entropy`, `teacher_entropy`; and
-        `logp_diff`, |student - behavior_logp|, rounding where strictly on-policy, where the rollout has it.
-        Spread: `log_ratio`, teacher - student log-probability of the sampled tokens.
+        Metrics, means over a record's tokens: `reverse_kl`, `forward_kl`, `student_entropy`, `teacher_entropy`;
+        `log_ratio`, teacher - student log-probability of the sampled tokens, with its spread; and `logp_diff`,
+        |student - behavior_logp|, rounding where strictly on-policy, where the rollout has it.
 
         | case | loss and gradient |
         | --- | --- |

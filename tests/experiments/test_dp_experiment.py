@@ -203,6 +203,9 @@ def test_continuations_of_a_record_are_its_own(mine):
         ({"opd__data": "public"}, "there is nothing to protect"),
         ({"opd__teacher_share": 0.5}, "teacher_share=0.5"),
         ({"opd__epsilon": -1.0}, "epsilon=-1.0"),
+        ({"opd__temperature": 2.0}, "temperature=2.0"),
+        ({"opd__steps": 0}, "steps=0"),
+        ({"save_every": 0}, "save_every=0"),
         ({"opd__ghost": True}, "ghost=True with lora_rank=4"),
     ],
 )

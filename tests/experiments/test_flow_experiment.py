@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from changing import changed
 from flow_pieces import one, pieces
 
 from configs import common, flow_opd, scenes_base
@@ -23,6 +24,7 @@ from opd_jax.metrics import read_metrics
 from opd_jax.rewards import combination, serve
 from opd_jax.rewards.remote import Scores
 
+MESH = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
 NAMES = ("base", *experiment.grpo_parts(flow_opd.get_config()))
 
 
@@ -71,6 +73,42 @@ def test_the_first_steps_of_a_shipped_stage_made_again_have_its_losses(name, tmp
         experiment.Experiment(config, tmp_path, mesh).train_grpo(name, part, tmp_path / "checkpoints", warm, steps)
     losses = [line["loss"] for line in read_metrics(tmp_path, stage)]
     np.testing.assert_allclose(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"world": "foo"}, "world='foo': choose one of scenes, pipeline"),
+        ({"tasks": ()}, "tasks=(): choose of"),
+        ({"seeds": ()}, "seeds=()"),
+        ({"eval__prompts": 0}, "eval.prompts=0"),
+        ({"lora__rank": 0}, "lora.rank=0"),
+        ({"lora__pattern": "(["}, "lora.pattern='(['"),
+        ({"grpo__updates": 0}, "grpo.updates=0 (ocr): give 1 or more"),
+        (
+            {"grpo__warm_start__decay_steps": 9},
+            "steps=2: give 9 or more, warmup + decay_steps, or lower",
+        ),
+        ({"opd__ema_decay": 2.0}, "ema_decay=2.0"),
+        ({"opd__learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"opd__init": "nobody"}, "init='nobody'"),
+        ({"teachers__ocr__goup": 3}, "ocr.goup: neither path, prompts, rewards nor a setting of grpo"),
+    ],
+)
+def test_what_is_refused_before_anything(changes, says):
+    with pytest.raises(ConfigError) as error:
+        experiment.validate(changed(flow_opd.get_config("tiny"), **changes), MESH)
+    assert says in str(error.value)
+
+
+def test_a_teacher_changes_whatever_grpo_has():
+    """Also what lies deeper; the others keep theirs. `prompts` of a teacher are tasks, of `grpo` a number."""
+    config = flow_opd.get_config("paper")
+    of = lambda name: experiment.grpo_recipe(config, config.teachers[name])
+    assert of("quality").flow_grpo.beta == 0.01 and of("ocr").flow_grpo.beta == 0.04
+    assert of("quality").flow_grpo.window == 9 and of("quality").prompts == config.grpo.prompts
+    own = changed(flow_opd.get_config("tiny"), teachers__ocr__group=24)
+    assert experiment.grpo_recipe(own, own.teachers.ocr).group == 24
 
 
 def test_another_recipe_is_refused(tmp_path):
@@ -282,7 +320,8 @@ def test_an_arm_may_go_on_from_another_but_not_round_in_a_circle():
     with config.unlocked():
         config.arms.offline.init = "after_sft"
     with pytest.raises(
-        ConfigError, match=r"(?m)init='offline' \(arm after_sft\): choose one of merge, base, flow_opd$"
+        ConfigError,
+        match=r"init='offline' \(arm after_sft\): is no .* one of merge, base, flow_opd, or name it",
     ):
         experiment.validate(config, mesh)
 

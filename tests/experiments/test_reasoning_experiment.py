@@ -79,6 +79,31 @@ def test_real_models_need_paths(variant):
         reasoning.validate(lightning_opd.get_config(variant), mesh_of(2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"problems__levels": ()}, "problems.levels="),
+        ({"opd__clip": -1.0}, "clip=-1.0"),
+        ({"opd__steps": 0}, "steps=0"),
+        ({"eval__problems": 0}, "eval.problems=0"),
+        ({"sft__decay_steps": 9}, "sft: steps=2: give 9 or more, warmup + decay_steps, or lower these"),
+        ({"arms__online": {"stps": 3}}, "arms.online.stps: opd has no such setting; did you mean 'steps'?"),
+        ({"seeds": ()}, "seeds="),
+    ],
+)
+def test_what_would_fail_later_is_refused_first(changes, says):
+    with pytest.raises(ConfigError) as error:
+        reasoning.validate(changed(opd.get_config("tiny"), **changes), mesh_of(2))
+    assert says in str(error.value)
+
+
+def test_a_model_that_is_not_there_is_not_pretrained():
+    for order, says in ((("nobody",), "order: there is no 'nobody'; choose of "), ((), "order=(): choose of ")):
+        with pytest.raises(ConfigError) as error:
+            pretraining.validate(changed(reasoning_models.get_config("tiny"), order=order), mesh_of(2))
+        assert says in str(error.value)
+
+
 def test_labels_of_another_teacher_are_refused_unless_allowed():
     config = lightning_opd.get_config("tiny")
     mixed = {"method": "lightning", "teacher": "other"}
@@ -101,8 +126,8 @@ def test_all_mistakes_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         reasoning.validate(config, mesh_of(2))
     for line in (
-        "divergence='kl' (arm online)",
-        "arm online: batch_size=5",
+        "divergence='kl' (arms grpo, ",
+        "batch_size=5: does not split over 2 devices",
         "top_p=1.5",
         "levels=(1, 9)",
         "group=1 (arm grpo)",

@@ -14,7 +14,7 @@ from experiments import domains, language, multimodal, reasoning_models, stages,
 from experiments import domains_models as pretraining
 from experiments import uni_opd as experiment
 from experiments.language import Problems
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.uni_stages import Experiment
 from opd_jax.config import ConfigError
 from opd_jax.metrics import read_metrics
@@ -86,6 +86,19 @@ def test_packed_rows_hold_whole_solutions_and_no_more_pictures_than_fit():
         ({"sampler.slots": 3}, "sampler.slots"),
         ({"problems.path": "mine.jsonl"}, "student.path=''.*give a Hugging Face directory"),
         ({"balancing.shape": "w"}, "balancing.shape='w'"),
+        ({"balancing.top_p": 2.0}, "balancing.top_p=2.0"),
+        ({"balancing.cap": 0}, "balancing.cap=0"),
+        ({"balancing.samples": 0}, "balancing.samples=0"),
+        ({"problems.levels": ()}, "problems.levels="),
+        ({"problems.count": 0}, "problems.count=0"),
+        ({"eval.problems": 0}, "eval.problems=0"),
+        ({"student.path": "/nowhere"}, "student.path=/nowhere: problems.path='' are of the embedded world"),
+        ({"settings.multi": {}}, r"settings.multi=\{\}: give teachers by domain"),
+        ({"opd.label_parts": 0}, "label_parts=0"),
+        ({"opd.widths": ("a",)}, "widths="),
+        ({"opd.steps": 0}, "steps=0 .*give 1 or more"),
+        ({"opd.decay_steps": 5}, "give 5 or more, warmup"),
+        ({"seeds": ()}, "seeds="),
     ],
 )
 def test_a_wrong_config_is_refused_with_the_remedy(changes, message):

@@ -9,7 +9,7 @@ from changing import changed
 from configs import vla_base as base_configs
 from configs import vla_opd as configs
 from experiments import stages, vla, vla_base, vla_methods, vla_notes, vla_pictures, vla_tabletop
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.vla_methods import Acting, Starts
 from experiments.vla_stages import Experiment
 from opd_jax import optim
@@ -219,9 +219,17 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"seeds": ()}, "seeds=()"),
         ({"flow__steps": 1, "arms__vla_opd__head": "flow"}, "flow.steps=1"),
         ({"flow__noise_level": 0.0, "arms__vla_opd__head": "flow"}, "flow.noise_level=0.0"),
-        ({"sft__decay_steps": 4}, "sft.steps=3: give 4 or more, warmup + decay_steps, or lower these"),
-        ({"arms__opd_then_grpo__warmup": 3}, "arm opd_then_grpo: steps=2: give 4 or more"),
-        ({"opd__steps": 0}, "steps=0 (arm vla_opd): give 1 or more"),
+        ({"sft__decay_steps": 4}, "steps=3: give 4 or more, warmup + decay_steps, or lower these (sft)"),
+        (
+            {"arms__opd_then_grpo__warmup": 3},
+            "steps=2: give 4 or more, warmup + decay_steps, or lower these (arm opd_then_grpo)",
+        ),
+        ({"save_every": 0}, "save_every=0: give 1 or more"),
+        ({"opd__learning_rate": -1.0}, "learning_rate=-1.0 (arms sft_many, vla_opd)"),
+        ({"opd__ema_decay": 1.0}, "ema_decay=1.0 (arms "),
+        ({"arms__vla_opd": {"learning_rte": 1.0}}, "arms.vla_opd.learning_rte: opd has no such setting; did you mean"),
+        ({"student__path": "/nowhere"}, "student.path=/nowhere: is of simulators"),
+        ({"opd__steps": 0}, "steps=0 (arms opd_then_grpo, sft_many, vla_opd): give 1 or more"),
         ({"sigma": 0.0}, "sigma=0.0"),
         ({"demos": "somewhere"}, "demos=somewhere: the tabletop's expert demonstrates"),
         ({"base": "practised"}, "base='practised': is of simulators"),
@@ -239,7 +247,7 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
             {"arms__vla_opd__objective": "sampled"},
             "acting_temperature=0.3, temperature=1.0 (arm vla_opd): objective='sampled' scores what was drawn",
         ),
-        ({"opd__batch_size": 7}, "arm vla_opd: batch_size=7: does not split"),
+        ({"opd__batch_size": 7}, "arms opd_then_grpo, vla_opd: batch_size=7: does not split"),
         ({"opd__micro_batches": 5}, "micro_batches=5"),
         ({"arms__opd_then_grpo__group": 1}, "group=1 (arm opd_then_grpo)"),
     ],

@@ -21,7 +21,7 @@ from host_dying import Dying
 
 from configs import vla_opd as configs
 from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_openvla, vla_pictures, vla_policies
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.vla_methods import GIVEN, Acting
 from experiments.vla_stages import Experiment
 from opd_jax import config as config_lib
@@ -398,8 +398,11 @@ def test_actions_become_the_robot_s_and_come_back():
         ({"simulators__size": 30}, "simulators.size=30: give a multiple of 4"),
         ({"simulators__size": 36, "policy__points": 0}, "simulators.size=36: give a multiple of 8"),
         ({"policy__width": 100}, "policy.width=100: give a multiple of 8"),
-        ({"opd__decay_steps": 2, "opd__warmup": 1}, "arm vla_opd: steps=2: give 3 or more, warmup + decay_steps"),
-        ({"practice__warmup": 2}, "practice.steps=2: give 3 or more, warmup + decay_steps, or lower these"),
+        (
+            {"opd__decay_steps": 2, "opd__warmup": 1},
+            "steps=2: give 3 or more, warmup + decay_steps, or lower these (arm",
+        ),
+        ({"practice__warmup": 2}, "steps=2: give 3 or more, warmup + decay_steps, or lower these (practice)"),
     ],
 )
 def test_what_is_refused_before_anything(changes, says):

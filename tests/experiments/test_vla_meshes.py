@@ -10,7 +10,7 @@ from meshes import TENSOR, exhaustive
 
 from configs import vla_opd as configs
 from experiments import stages, vla_flow, vla_methods, vla_tabletop
-from experiments.reasoning_stages import arm_recipe
+from experiments.recipes import arm_recipe
 from experiments.vla_methods import Acting, Starts
 from opd_jax import optim, sharding
 from opd_jax.losses.policy_gradient import RewardLabels
