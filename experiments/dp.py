@@ -150,8 +150,7 @@ def row(name: str, scores: list[dict[str, float]], epsilon: float | None) -> dic
     line = {"model": name, "epsilon": "none" if epsilon is None else epsilon}
     for column in scores[0]:
         values = [one[column] for one in scores]
-        several = len(values) > 1
-        line[column] = report.Estimate(np.mean(values), np.std(values, ddof=1)) if several else round(values[0], 2)
+        line[column] = report.over_seeds(values) if len(values) > 1 else round(values[0], 2)
     return line
 
 

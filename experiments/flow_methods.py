@@ -13,6 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from experiments import stages
+from experiments.recipes import update_of
 from opd_jax import hosts, optim, rng
 from opd_jax.losses import advantage_matching, flow_matching, flow_opd, policy_gradient
 from opd_jax.losses.advantage_matching import SampledAgain
@@ -190,7 +191,7 @@ def _parts(recipe) -> int:
 
 def opd_update(student: Partial, recipe, config) -> tuple:
     """Flow-OPD's update and its optimiser. `recipe` is an arm: estimator, weighting, anchor weight, sizes."""
-    return _update(
+    return update_of(
         flow_opd.ESTIMATORS[recipe.estimator](
             student, weighting=recipe.weighting, kind=config.sampler.kind, anchor_weight=recipe.anchor_weight
         ),
@@ -209,10 +210,10 @@ def opd_method(world: World, update, config, recipe) -> Method:
 def grpo_update(student: Partial, recipe) -> tuple:
     """The update of a specialist and its optimiser, by either form of group-relative policy optimisation."""
     if recipe.method == "awm":
-        return _update(advantage_matching.supervise(student, beta=recipe.awm.beta), recipe)
+        return update_of(advantage_matching.supervise(student, beta=recipe.awm.beta), recipe)
     names = ("kind", "clip", "window", "beta", "balanced", "weighting")
     own = {name: recipe.flow_grpo[name] for name in names if name in recipe.flow_grpo}
-    return _update(policy_gradient.grpo(student, normalize=False, **own), recipe)
+    return update_of(policy_gradient.grpo(student, normalize=False, **own), recipe)
 
 
 class Own(NamedTuple):
@@ -296,7 +297,7 @@ def held_to(world: World, recipe) -> Callable | None:
 
 def offline_update(student: Partial, recipe) -> tuple:
     """The update of SFT on given pictures and its optimiser."""
-    return _update(flow_matching.supervise(student), recipe)
+    return update_of(flow_matching.supervise(student), recipe)
 
 
 def offline_method(world: World, adapters, update, config, recipe) -> Method:
@@ -314,16 +315,3 @@ def pairs_method(update) -> Method:
 @jax.jit
 def _noise_given_pictures(_, batch, key):
     return flow_matching.noised(batch["image"], batch["condition"], rng.per_record(key, batch["image"].shape[0]))
-
-
-def _update(supervise, recipe) -> tuple:
-    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
-    optimizer = optim.adamw(recipe.learning_rate, warmup=recipe.warmup, decay=decay)
-    update = optim.dense(
-        supervise,
-        optimizer,
-        micro_batches=recipe.get("micro_batches", 1),
-        updates=recipe.get("updates", 1),
-        ema_decay=recipe.ema_decay,
-    )
-    return update, optimizer

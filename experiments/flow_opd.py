@@ -369,8 +369,7 @@ def table(experiment: Experiment, models: list[Model], test: bool) -> list[dict]
         row = {"model": model.name}
         for column in scores[0]:
             values = [score[column] for score in scores]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[f"{column} ↑"] = values[0] if spread is None else report.Estimate(float(np.mean(values)), spread)
+            row[f"{column} ↑"] = report.over_seeds(values)
         rows.append(row | {"seconds": round(model.seconds), "images": model.images})
     return rows
 

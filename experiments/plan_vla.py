@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from experiments import plan_models, plan_steps, stages, vla_methods, vla_policies, vla_stages, vla_tabletop
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, result
-from experiments.recipes import arm_recipe
+from experiments.recipes import arm_recipe, update_of
 from opd_jax import sharding
 from opd_jax.losses import vla_opd
 from opd_jax.models import attention, vla
@@ -122,7 +122,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     temperatures = {"student_temperature": recipe.temperature, "teacher_temperature": recipe.teacher_temperature}
     by_success = recipe.method == "grpo"
     supervise = vla_opd.grpo(acting) if by_success else vla_opd.supervise(policy_fn, recipe.objective, **temperatures)
-    update, optimizer = vla_methods.update_of(supervise, recipe)
+    update, optimizer = update_of(supervise, recipe)
     params = setup.params(trained=True)
     state, taught = places.state(params, optimizer, config.offload), setup.params(trained=False)
     by_policy = not by_success and recipe.teacher != vla_methods.EXPERT

@@ -155,8 +155,7 @@ def table(rows: list[Row]) -> list[dict]:
         line = {"model": row.name}
         for column in row.scored[0].scores:
             values = [one.scores[column] for one in row.scored]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            line[column] = values[0] if spread is None else report.Estimate(float(np.mean(values)), spread)
+            line[column] = report.over_seeds(values)
         faster = round(online / row.seconds, 2) if online and row.rollout_tokens else None
         line |= {"seconds": round(row.seconds), "online / seconds": faster}
         lines.append(line | {"rollout tokens": row.rollout_tokens, "teacher tokens": row.teacher_tokens})

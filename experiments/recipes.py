@@ -4,6 +4,8 @@ import difflib
 import functools
 from collections.abc import Iterable
 
+import optax
+
 from opd_jax import optim
 
 
@@ -13,6 +15,20 @@ def arm_recipe(config, name: str):
     with recipe.unlocked():
         recipe.update(config.arms[name])
     return recipe
+
+
+def optimizer_of(recipe) -> optax.GradientTransformation:
+    """AdamW at the recipe's rate: warmed up, and decayed to zero over the last `decay_steps` where it has any."""
+    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
+    own = {name: recipe[name] for name in ("weight_decay", "b2") if name in recipe}
+    return optim.adamw(recipe.learning_rate, warmup=recipe.warmup, decay=decay, **own)
+
+
+def update_of(supervise, recipe) -> tuple:
+    """`optim.dense` as the recipe has it, and its optimiser."""
+    optimizer = optimizer_of(recipe)
+    own = {name: recipe[name] for name in ("micro_batches", "updates", "ema_decay") if name in recipe}
+    return optim.dense(supervise, optimizer, widths=tuple(recipe.get("widths", ())), **own), optimizer
 
 
 def check_arms(check, config) -> None:

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments.language import Language, LanguageModel, Problems, outcomes
+from experiments.recipes import update_of
 from opd_jax import data, hosts, optim, rng, sharding
 from opd_jax.losses import cross_entropy, lightning_opd, opd, policy_gradient
 from opd_jax.losses.lightning_opd import LightningLabels
@@ -137,16 +138,6 @@ def _reward_labels(language: Language, problems: Problems, group: int):
 
 
 # ---- the methods -----------------------------------------------------------------------------------------------------
-
-
-def update_of(supervise, recipe) -> tuple:
-    """`dense` and its optimiser, constant rate after the warm-up unless the recipe has `decay_steps`."""
-    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
-    optimizer = optim.adamw(
-        recipe.learning_rate, warmup=recipe.warmup, decay=decay, weight_decay=recipe.weight_decay, b2=recipe.b2
-    )
-    split = {"micro_batches": recipe.micro_batches, "widths": tuple(recipe.get("widths", ()))}
-    return optim.dense(supervise, optimizer, **split), optimizer
 
 
 def exact(student: LanguageModel, teacher: LanguageModel, teacher_params, divergence: str, parameter=None):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from experiments import token_methods
+from experiments import recipes, token_methods
 from experiments.language import Language, LanguageModel, Problems, verdicts
 from experiments.uni_setup import Model
 from opd_jax import data, hosts, sharding
@@ -138,7 +138,7 @@ def parts_of(student: LanguageModel, recipe, heads=None) -> tuple:
         reduction=recipe.reduction,
     )
     calibrate = functools.partial(_calibrate, how=calibration_of(recipe), shuffled=recipe.shuffled)
-    return calibrate, *token_methods.update_of(own, recipe)
+    return calibrate, *recipes.update_of(own, recipe)
 
 
 def update_of(student: LanguageModel, recipe, heads=None) -> tuple:

@@ -147,7 +147,7 @@ def estimate(outcomes: list[list[np.ndarray]]) -> report.Estimate:
     """Of the mean over domains; unknown outcomes are left out."""
     means = [float(np.mean([np.nanmean(domain) for domain in seed])) for seed in outcomes]
     if len(means) > 1:
-        return report.Estimate(float(np.mean(means)), float(np.std(means, ddof=1)))
+        return report.over_seeds(means)
     variances = [np.nanvar(domain) / max(np.isfinite(domain).sum(), 1) for domain in outcomes[0]]
     return report.Estimate(means[0], float(np.sqrt(np.sum(variances)) / len(variances)))
 

@@ -176,8 +176,7 @@ def row(experiment: Experiment, name: str, successes: list[dict[int, float]]) ->
     for group, tasks in groups.items():
         if tasks:
             values = [float(np.mean([one[task] for task in tasks])) for one in successes]
-            several = len(values) > 1
-            line[f"{group} ↑"] = report.Estimate(np.mean(values), np.std(values, ddof=1)) if several else values[0]
+            line[f"{group} ↑"] = report.over_seeds(values)
     return line
 
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages, vla_methods
-from experiments.recipes import check_counts
+from experiments.recipes import check_counts, optimizer_of
 from experiments.vla_tabletop import first_observation, module_of
 from opd_jax import data, hosts, optim, report, rng, sharding
 from opd_jax.config import checks, command_line
@@ -132,9 +132,7 @@ def pointing(module, weight: float, own, params, rollout, labels: PracticeLabels
 
 def method_of(config, module, recipe) -> tuple:
     """The method of a phase, and its optimiser."""
-    optimizer = optim.adamw(
-        recipe.learning_rate, warmup=recipe.warmup, decay=(recipe.steps, recipe.decay_steps), weight_decay=0.0
-    )
+    optimizer = optimizer_of(recipe)
     own = vla_opd.supervise(vla_methods.logits_fn(module), "forward_kl")
     if config.policy.points:
         own = Partial(functools.partial(pointing, module, recipe.pointing), own)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from experiments.vla_methods import Policy, World, acted, counting, of_suites, update_of
+from experiments.recipes import update_of
+from experiments.vla_methods import Policy, World, acted, counting, of_suites
 from opd_jax import rng
 from opd_jax.losses import flow_matching, gaussians, vla_opd
 from opd_jax.sampling import episodes, flow

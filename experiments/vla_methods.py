@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages
+from experiments.recipes import update_of
 from opd_jax import optim
 from opd_jax.config import ConfigError
 from opd_jax.losses import policy_gradient, vla_opd
@@ -316,17 +317,6 @@ def acted(world: World, act: Partial, recipe, plan: Plan, asked: int):
         return world.play(act, params, Starts(batch["seed"], batch["task"]), key, acting)
 
     return sample
-
-
-def update_of(supervise, recipe) -> tuple:
-    optimizer = optim.adamw(
-        recipe.learning_rate,
-        warmup=recipe.warmup,
-        decay=(recipe.steps, recipe.decay_steps) if recipe.decay_steps else None,
-        weight_decay=recipe.weight_decay,
-    )
-    update = optim.dense(supervise, optimizer, micro_batches=recipe.micro_batches, ema_decay=recipe.ema_decay)
-    return update, optimizer
 
 
 def as_demonstrations(rollout: EpisodeRollout, horizon: int) -> Demonstrations:

@@ -34,6 +34,11 @@ class Estimate(NamedTuple):
     error: float
 
 
+def over_seeds(values: Sequence[float]) -> float | Estimate:
+    """A value as it is; of several their mean, with the standard deviation."""
+    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else values[0]
+
+
 class Samples(NamedTuple):
     """Images of several models for the same prompts: `models[name][i]` belongs to `prompts[i]`.
 
