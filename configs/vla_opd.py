@@ -1,7 +1,7 @@
 """VLA-OPD (arXiv:2603.26666): a robot policy learns on its own episodes what an expert would have done at every state.
 
     python experiments/main.py --config=configs/vla_opd.py          # ten things that go into a basket
-    python experiments/main.py --config=configs/vla_opd.py:full     # the tabletop's four suites, and every other arm
+    python experiments/main.py --config=configs/vla_opd.py:full     # the tabletop's four suites, every arm: hours
     python experiments/main.py --config=configs/vla_opd.py:seeds    # the default's arms, three seeds
     python experiments/main.py --config=configs/vla_opd.py:tiny     # three arms, a step or two
     python experiments/main.py --config=configs/vla_opd.py:metaworld                  # ten tasks of a real simulator
@@ -93,9 +93,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if variant == "seeds":
         config.seeds = (0, 1, 2)
     if variant == "full":
-        config.suites = ("spatial", "object", "goal", "long")
-        config.held_out = ("object/8", "object/9", "spatial/8", "spatial/9")
-        config.eval.episodes = 4
+        _full(config)
     if variant == "tiny":
         _tiny(config)
     if "metaworld" in variant:
@@ -107,6 +105,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if variant == "paper":
         _paper(config)
     return config.lock()
+
+
+def _full(config: ConfigDict) -> None:
+    """Four suites: students that have seen more, and learn for longer."""
+    config.suites = ("spatial", "object", "goal", "long")
+    config.held_out = ("object/8", "object/9", "spatial/8", "spatial/9")
+    config.demonstrations.few = 10
+    config.sft.update({"steps": 1500, "learning_rate": 5e-4, "decay_steps": 700})
+    config.opd.update({"batch_size": 16, "group": 1, "steps": 1500, "decay_steps": 500})
+    for name in ("grpo", "opd_then_grpo"):
+        config.arms[name].update({"batch_size": 4, "group": 4})
+    config.update({"save_every": 50})
+    config.eval.episodes = 4
 
 
 def _tiny(config: ConfigDict) -> None:
