@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from experiments import flow_methods, flow_opd, latents, plan_models, plan_steps, scenes
 from experiments.latents import Prompt
 from experiments.plan_steps import KEY, Places, Step, bytes_of, lowering, of_type, result
+from experiments.recipes import arm_recipe
 from opd_jax import sharding
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models import lora
@@ -89,14 +90,20 @@ def axes(config) -> tuple[str, ...]:
 
 def names(config) -> list[str]:
     """Arms, and the stages of Flow-GRPO; of those that are alike the first stands for all."""
-    stages = {} if config.shipped else flow_opd.grpo_parts(config)
-    alike = {str(_alike(config, part)): name for name, part in reversed(stages.items())}
-    return [*[name for name in stages if name in alike.values()], *config.arms]
+    alike = _stages(config)
+    first = {str(recipe): name for name, recipe in reversed(alike.items())}
+    return [*[name for name in alike if name in first.values()], *config.arms]
 
 
-def _alike(config, part) -> dict:
-    """All of a stage that its programs and their number depend on."""
-    return flow_opd.grpo_recipe(config, part).to_dict()
+def _stages(config) -> dict[str, dict]:
+    """The stages of Flow-GRPO that are to be trained, each with all that its programs and their number depend on."""
+    parts = {} if config.shipped else flow_opd.grpo_parts(config)
+    return {name: _sizes(flow_opd.grpo_recipe(config, part)) for name, part in parts.items()}
+
+
+def _sizes(recipe) -> dict:
+    held = {name: recipe[name].to_dict() | {"beta": recipe[name].beta > 0} for name in flow_opd.GRPO_METHODS}
+    return recipe.to_dict() | {"learning_rate": None} | held
 
 
 def heading(config, mesh) -> list[str]:
@@ -104,11 +111,10 @@ def heading(config, mesh) -> list[str]:
     lines = [plan_steps.described("transformer", world.backbone)]
     sides = "x".join(map(str, world.shape))
     lines.append(f"products in {jnp.dtype(world.model.dtype)}, remat {world.model.remat}; states of {sides}")
-    if not config.shipped:
-        stages = flow_opd.grpo_parts(config)
-        for name in (name for name in names(config) if name in stages):
-            alike = [other for other in stages if _alike(config, stages[other]) == _alike(config, stages[name])]
-            lines.append(f"{name} stands for {', '.join(alike)}, and counts {len(alike)} times")
+    stages = _stages(config)
+    for name in (name for name in names(config) if name in stages):
+        alike = [other for other, sizes in stages.items() if sizes == stages[name]]
+        lines.append(f"{name} stands for {', '.join(alike)}, and counts {len(alike)} times")
     return lines
 
 
@@ -183,8 +189,7 @@ def _teachers(config, world: World, places: Places) -> tuple:
 
 def _specialist(config, world: World, places: Places, recipe, batch, one) -> list[Step]:
     """Of Flow-GRPO; what judges say of the pictures comes from the host."""
-    stages = flow_opd.grpo_parts(config)
-    count = sum(_alike(config, part) == recipe.to_dict() for part in stages.values())
+    count = sum(sizes == _sizes(recipe) for sizes in _stages(config).values())
     one = functools.partial(one, times=recipe.steps * count)
     update, optimizer = flow_methods.grpo_update(world.velocity, recipe)
     method = flow_methods.grpo_method(world, (), update, config, recipe, None)
