@@ -4,6 +4,7 @@ import functools
 import time
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments import scenes as pieces
 from experiments import stages
@@ -18,7 +19,8 @@ from opd_jax.worlds.scenes import TASKS
 def validate(config, mesh) -> None:
     with checks() as check:
         check_counts(check, config, "save_every", "eval.prompts")
-        for name in check_names(check, config, "phases", (key for key in config if key in ("draw", "web", "crawl"))):
+        known = (key for key, part in config.items() if isinstance(part, ConfigDict) and "decay_steps" in part)
+        for name in check_names(check, config, "phases", known):
             phase = phase_of(config, name)
             wrong = optim.schedule_mistake(phase.steps, phase.warmup, phase.decay_steps)
             check(not wrong, f"{name}: {wrong}")

@@ -21,7 +21,10 @@ from opd_jax.types import ActionPaths, EpisodeRollout, Method, PathLabels
 def policy(
     world: World, plan: episodes.Plan, sigma: float, steps: int, noise_level: float, suites: Sequence[str] = ()
 ) -> Policy:
-    """Policies of `steps` steps from noise to a chunk, by the `sde` of Flow-GRPO in training and the ODE after it."""
+    """Policies of `steps` steps from noise to a chunk, by the `sde` of Flow-GRPO in training and the ODE after it.
+
+    `suites` as of `vla_methods.bins`.
+    """
     module = world.module
     velocity = Partial(functools.partial(_velocity, module))
     act = lambda level: Partial(functools.partial(_act, (module.horizon, module.action_dim, 1), steps, level), velocity)

@@ -279,7 +279,11 @@ class Policy(NamedTuple):
 
 
 def bins(world: World, plan: Plan, sigma: float, floor: float, suites: Sequence[str] = ()) -> Policy:
-    """Policies over action bins, the paper's: distilled from the expert's distribution, or trained by success alone."""
+    """Policies over action bins, the paper's: distilled from the expert's distribution, or trained by success alone.
+
+    Args:
+        suites: whose episodes and successes are counted apart, where there are several.
+    """
     module = world.module
     policy_fn, label = logits_fn(module), expert_labels(world, module.horizon, sigma, floor)
     count = functools.partial(counting, of_suites=of_suites(world, suites))
