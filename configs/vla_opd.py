@@ -18,6 +18,7 @@ from configs import common
 
 VARIANTS = ("default", "tiny", "seeds", "full", "metaworld", "metaworld_state", "tiny_metaworld", "paper")
 ALL = ("tiny", "full", "tiny_metaworld")  # with every arm
+GRPO = ("grpo", "opd_then_grpo", "grpo_refilled")
 MAIN = ("vla_opd", "forward_kl", "dagger", "sft_many", "grpo", "opd_then_grpo")
 
 
@@ -64,6 +65,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "steps": 100,
             "batch_size": 4,  # initial states, of tasks of one horizon
             "group": 4,  # episodes of each
+            "refills": 0,  # of GRPO: batches of initial states, at most, that are played in place of those whose
+            "kept": (0.1, 0.9),  # share of successes is not in this range
+            "updates": 1,  # optimiser steps on each rollout, each with its share of the episodes
             "learning_rate": 2e-4,
             "warmup": 5,
             "decay_steps": 30,
@@ -79,6 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "sft_many": {"method": "sft"},
             "grpo": {"method": "grpo", "learning_rate": 5e-5},
             "opd_then_grpo": {"method": "grpo", "start": "vla_opd", "learning_rate": 5e-5},
+            "grpo_refilled": {"method": "grpo", "learning_rate": 5e-5, "refills": 3},
             "flow": {"head": "flow"},
             "group_1": {"batch_size": 16, "group": 1},  # as many episodes
             "group_2": {"batch_size": 8, "group": 2},
@@ -114,7 +119,7 @@ def _full(config: ConfigDict) -> None:
     config.demonstrations.few = 10
     config.sft.update({"steps": 1500, "learning_rate": 5e-4, "decay_steps": 700})
     config.opd.update({"batch_size": 16, "group": 1, "steps": 1500, "decay_steps": 500})
-    for name in ("grpo", "opd_then_grpo"):
+    for name in GRPO:
         config.arms[name].update({"batch_size": 4, "group": 4})
     config.update({"save_every": 50})
     config.eval.episodes = 4
@@ -141,7 +146,7 @@ def _metaworld(config: ConfigDict) -> None:
         "steps": 1000, "batch_size": 32, "learning_rate": 5e-4, "warmup": 30, "decay_steps": 500,
     })  # fmt: skip
     config.opd.update({"batch_size": 16, "group": 1, "steps": 1000, "decay_steps": 300, "micro_batches": 8})
-    for name in ("grpo", "opd_then_grpo"):
+    for name in GRPO:
         config.arms[name].update({"batch_size": 4, "group": 4})
     config.eval.episodes = 10
 
@@ -192,7 +197,12 @@ def _paper(config: ConfigDict) -> None:
         "warmup": 0, "decay_steps": 0,  # ours: constant, as SimpleVLA-RL
         "micro_batches": 16,  # ours: two episodes on each of 16 devices; at 32 libtpu 0.0.52 aborts, docs/scale.md
     })  # fmt: skip
-    for name in ("grpo", "opd_then_grpo"):
-        config.arms[name].update({"learning_rate": 5e-6, "weight_decay": 0.0, "steps": 100})  # SimpleVLA-RL
+    for name in GRPO:
+        config.arms[name].update({
+            "learning_rate": 5e-6, "weight_decay": 0.0, "steps": 100, "kept": (0.1, 0.9),  # SimpleVLA-RL
+            "updates": 4,  # SimpleVLA-RL: 128 episodes each
+            "refills": 4,  # ours: there is no limit there
+            "micro_batches": 4,  # ours: as many episodes at a time as of the others
+        })  # fmt: skip
     config.eval.episodes = 50  # OpenVLA-OFT: every fixed initial state, for testing alone (ours: not for training too)
     config.save_every = 10

@@ -16,7 +16,7 @@ from opd_jax.models.vla import Observation
 from opd_jax.types import ActionLabels, EpisodeRollout
 from opd_jax.worlds import libero, tabletop
 
-NOT_PLANNED = "the simulator, on the host or on the devices, and a scripted expert in it; SFT; evaluation"
+NOT_PLANNED = "the simulator, on the host or the devices, and a scripted expert in it; SFT; refills of GRPO; evaluation"
 METHODS = ("opd", "grpo")
 WORDS = 48  # room of an instruction in OpenVLA's prompt; a run takes that of its longest
 
@@ -101,7 +101,7 @@ def heading(config, mesh) -> list[str]:
 
 def parts(config, name: str) -> list[int]:
     recipe = arm_recipe(config, name)
-    return plan_steps.divisors(recipe.batch_size * recipe.group)
+    return plan_steps.divisors(recipe.batch_size * recipe.group // recipe.updates)
 
 
 def with_parts(config, name: str, parts: int) -> None:
@@ -114,7 +114,7 @@ def steps(config, mesh, name: str) -> list[Step]:
     if not _known(recipe):
         raise plan_steps.unknown(name, recipe.method, METHODS)
     episodes, places = recipe.batch_size * recipe.group, setup.places
-    plan_steps.check_parts(mesh, name, episodes, recipe.micro_batches)
+    plan_steps.check_parts(mesh, name, episodes // recipe.updates, recipe.micro_batches)
     one = functools.partial(Step, unit="decisions", float32=setup.float32, times=recipe.steps)
 
     policy_fn = vla_methods.logits_fn(setup.module)

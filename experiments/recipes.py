@@ -18,10 +18,14 @@ def arm_recipe(config, name: str):
 
 
 def optimizer_of(recipe) -> optax.GradientTransformation:
-    """AdamW at the recipe's rate: warmed up, and decayed to zero over the last `decay_steps` where it has any."""
-    decay = (recipe.steps, recipe.decay_steps) if recipe.get("decay_steps") else None
+    """AdamW at the recipe's rate: warmed up, and decayed to zero over the last `decay_steps` where it has any.
+
+    Steps are rollouts here, of which each may have several `updates`.
+    """
+    each = recipe.get("updates", 1)
+    decay = (recipe.steps * each, recipe.decay_steps * each) if recipe.get("decay_steps") else None
     own = {name: recipe[name] for name in ("weight_decay", "b2") if name in recipe}
-    return optim.adamw(recipe.learning_rate, warmup=recipe.warmup, decay=decay, **own)
+    return optim.adamw(recipe.learning_rate, warmup=recipe.warmup * each, decay=decay, **own)
 
 
 def update_of(supervise, recipe) -> tuple:

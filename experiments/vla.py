@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from experiments.recipes import arm_recipe, check_arms, check_recipe
-from experiments.vla_methods import EXPERT, GIVEN, PRACTISED
+from experiments.vla_methods import EXPERT, GIVEN
 from experiments.vla_notes import NOISE, noise, redone, redone_note, sooner, sooner_note, zeros
 from experiments.vla_pictures import pictures
 from experiments.vla_stages import BASES, WORLDS, Experiment
+from experiments.vla_worlds import PRACTISED
 from opd_jax import metrics, report, sharding
 from opd_jax.config import checks, versions
 from opd_jax.losses.vla_opd import OBJECTIVES
@@ -125,9 +126,18 @@ def check_arm(check, config, name: str, mesh) -> None:
         check(arm[key] > 0, f"{key}={arm[key]} (arm {name}): give a number above 0")
     alone = arm.method == "grpo" and arm.group < 2
     check(not alone, f"group={arm.group} (arm {name}): GRPO compares episodes of one initial state; give 2 or more")
-    uneven = sharding.uneven(arm.batch_size, mesh)
-    uneven = uneven or sharding.uneven_parts(arm.batch_size * arm.group, arm.micro_batches, mesh)
-    check(arm.method == "sft" or not uneven, f"arm {name}: {uneven}")
+    if arm.method != "sft" and check(arm.updates > 0, f"updates={arm.updates} (arm {name}): give 1 or more"):
+        each, left = divmod(arm.batch_size * arm.group, arm.updates)
+        left = left and f"{each * arm.updates + left} episodes do not divide into updates={arm.updates}"
+        uneven = left or sharding.uneven(arm.batch_size, mesh) or sharding.uneven_parts(each, arm.micro_batches, mesh)
+        check(not uneven, f"arm {name}: {uneven}")
+        stale = drawn and arm.updates > 1
+        check(not stale, f"updates={arm.updates} (arm {name}): objective='sampled' is of the policy that drew; set 1")
+    check(arm.refills >= 0, f"refills={arm.refills} (arm {name}): give 0 or more")
+    unused = arm.refills > 0 and arm.method != "grpo"
+    check(not unused, f"refills={arm.refills} (arm {name}): are of method='grpo'; set 0")
+    share = len(arm.kept) == 2 and 0 <= arm.kept[0] <= arm.kept[1] <= 1
+    check(share, f"kept={tuple(arm.kept)} (arm {name}): give two shares of successes, the lower one first")
 
 
 def run(config, workdir: Path, mesh) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.vla_methods import Demonstrations, as_demonstrations
 from experiments.vla_policies import Kit, Robot
+from experiments.vla_worlds import Demonstrations, as_demonstrations
 from opd_jax.config import ConfigError
 from opd_jax.types import EpisodeRollout
 from opd_jax.worlds import lerobot

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from experiments.recipes import update_of
-from experiments.vla_methods import Policy, World, acted, counting, of_suites
+from experiments.vla_episodes import acted, counting
+from experiments.vla_methods import Policy
+from experiments.vla_worlds import World
 from opd_jax import rng
 from opd_jax.losses import flow_matching, gaussians, vla_opd
 from opd_jax.sampling import episodes, flow
@@ -41,8 +43,8 @@ def policy(
     def on_policy(recipe):
         supervise = vla_opd.supervise_flow(Partial(functools.partial(_of_chunks, module)))
         update, optimizer = update_of(supervise, recipe)
-        sample = acted(world, act(noise_level), recipe, plan, module.horizon)
-        return Method(sample, lambda _, rollout: label(rollout), counting(update, of_suites(world, suites))), optimizer
+        sample = acted(world, act(noise_level), recipe, plan, module.horizon, suites)
+        return Method(sample, lambda _, rollout: label(rollout), counting(update)), optimizer
 
     return Policy(init, act(0.0), imitation, on_policy)
 

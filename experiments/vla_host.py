@@ -17,8 +17,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import vla_demos, vla_openvla, vla_policies
-from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected, decisions_of
 from experiments.vla_policies import Robot
+from experiments.vla_worlds import PRACTISED, Acting, Demonstrations, Starts, collected, decisions_of
 from opd_jax import hosts, rng, sharding
 from opd_jax.models import vla
 from opd_jax.sampling import host_episodes
@@ -33,7 +33,7 @@ SCENES = 2**31  # of the training split
 
 
 class Told(NamedTuple):
-    """`vla_methods.Task`."""
+    """`vla_worlds.Task`."""
 
     name: str
     suite: str
@@ -42,7 +42,7 @@ class Told(NamedTuple):
 
 
 class Host(abc.ABC):
-    """What the simulators have in common, as `vla_methods.World`; a subclass says which they are."""
+    """What the simulators have in common, as `vla_worlds.World`; a subclass says which they are."""
 
     expert, settle, goal = False, 0, "the simulator says so"
 

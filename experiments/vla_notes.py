@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.recipes import arm_recipe
-from experiments.vla_methods import EXPERT, REDONE
+from experiments.vla_episodes import REDONE
+from experiments.vla_methods import EXPERT
 from experiments.vla_stages import Experiment
 
 NOISE = ("exact_gradient_square", "sampled_gradient_variance")

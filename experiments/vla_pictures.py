@@ -9,9 +9,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from experiments import vla_methods
-from experiments.vla_methods import Acting, Task
+from experiments import vla_methods, vla_worlds
 from experiments.vla_stages import Experiment
+from experiments.vla_worlds import Acting, Task
 from opd_jax import hosts, rng
 from opd_jax.losses import vla_opd
 from opd_jax.models import action_tokens
@@ -33,7 +33,7 @@ def pictures(experiment: Experiment, policies: Mapping[str, PyTree], head: str) 
     world = experiment.world
     starts = world.starts(np.repeat(tasks, EPISODES), experiment.config.eval.seed, "test", pad=True)
     key, first = rng.stream(experiment.config.eval.seed, "eval"), np.arange(len(tasks)) * EPISODES
-    plan = experiment.plan._replace(decisions=vla_methods.decisions_of(world, tasks, experiment.plan.executed))
+    plan = experiment.plan._replace(decisions=vla_worlds.decisions_of(world, tasks, experiment.plan.executed))
     films = {"expert": world.expert_film(tasks, starts, key, first, plan.executed)} if world.expert else {}
     policy_fn, horizon = vla_methods.logits_fn(experiment.module), experiment.module.horizon
     label, taught, maps = vla_methods.network_labels(policy_fn, len(starts.task)), None, []

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import stages, vla_flow, vla_host, vla_methods, vla_tabletop
+from experiments import stages, vla_flow, vla_host, vla_methods, vla_tabletop, vla_worlds
 from experiments.recipes import arm_recipe
-from experiments.vla_methods import Acting, Demonstrations
+from experiments.vla_worlds import PRACTISED, Acting, Demonstrations, Starts
 from opd_jax import data, hosts, rng, sharding
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import command_line, write_atomic
@@ -20,6 +20,14 @@ from opd_jax.sampling.episodes import Plan
 Shown = Callable[[], Demonstrations]
 BASES = {"bins": "base", "flow": "base_flow"}  # stages, by the head of a policy
 WORLDS = {"tabletop": vla_tabletop.Tabletop, "metaworld": vla_host.MetaWorld, "libero": vla_host.Libero}
+
+
+def in_use(recipe) -> dict:
+    """A recipe's settings without those of what it does not do: what was made before there were such is as good."""
+    settings = recipe.to_dict()
+    unused = {"refills", "kept"} if not settings.get("refills") else set()
+    unused |= {"updates"} if settings.get("updates") == 1 else set()
+    return {name: value for name, value in settings.items() if name not in unused}
 
 
 class Experiment:
@@ -84,7 +92,7 @@ class Experiment:
     # ---- students ----
 
     def train(self, stage: str, recipe, seed: int, start, method: tuple, batches, settings, *upstream: str, **run):
-        settings = settings | {"recipe": recipe.to_dict(), "seed": seed, "policy": self.config.policy.to_dict()}
+        settings = settings | {"recipe": in_use(recipe), "seed": seed, "policy": self.config.policy.to_dict()}
         settings |= {"flow": self.config.flow.to_dict()} if recipe.get("head") == "flow" else {}
         settings |= {"tasks": self.tasks, "held_out": self.held_out}
         settings |= {"sigma": self.config.sigma, "floor": self.config.floor} | self.world.identity
@@ -138,7 +146,7 @@ class Experiment:
 
     def first(self, seed: int, head: str) -> tuple:
         """What the student of a seed begins with, and the hashes of what that depends on."""
-        if self.config.base == vla_methods.PRACTISED:
+        if self.config.base == PRACTISED:
             base = self.base(head)
             return base.params, (base.sha256,)
         return self.world.first(self.policies[head].init, rng.stream(seed, "policy")), self.world.upstream
@@ -172,18 +180,22 @@ class Experiment:
         return self.world.teacher if name == vla_methods.GIVEN else self.arm(name, seed)
 
     def scenes(self, recipe, seed: int):
-        """Endless batches of initial states, each of tasks of one horizon; every task is drawn as often."""
-        horizons = vla_methods.horizons(self.world)[self.seen]
+        """Endless batches of initial states, each of tasks of one horizon; every task is drawn as often. Those of
+        refills are in `more`."""
+        horizons = vla_worlds.horizons(self.world)[self.seen]
         alike = {horizon: np.asarray(self.seen)[horizons == horizon] for horizon in horizons.tolist()}
 
+        count = recipe.batch_size * (1 + recipe.refills)
+
         def draw(generator: np.random.Generator):
-            tasks = generator.choice(alike[int(generator.choice(horizons))], recipe.batch_size)
-            return {"seed": generator.integers(0, 2**32, recipe.batch_size, np.uint32), "task": np.int32(tasks)}
+            tasks = generator.choice(alike[int(generator.choice(horizons))], count)
+            return {"seed": generator.integers(0, 2**32, count, np.uint32), "task": np.int32(tasks)}
 
         def place(batch):
-            whole = {name: value[0] for name, value in batch.items()}
-            decisions = vla_methods.decisions_of(self.world, whole["task"], self.plan.executed)
-            return self.place(whole) | {"decisions": decisions}
+            seed, task = (batch[name].reshape(-1, recipe.batch_size) for name in Starts._fields)
+            first, *more = (self.place(Starts(*rows)) for rows in zip(seed, task))
+            decisions = vla_worlds.decisions_of(self.world, task[0], self.plan.executed)
+            return first._asdict() | {"decisions": decisions} | ({"more": tuple(more)} if more else {})
 
         return data.batches(draw, 1, seed, place)
 
@@ -196,7 +208,7 @@ class Experiment:
             good = self.world.expert_success(asked, part.seed)
         else:
             starts, key = self.world.starts(asked, part.seed, "test", pad=True), rng.stream(part.seed, "eval")
-            plan = self.plan._replace(decisions=vla_methods.decisions_of(self.world, self.tasks, self.plan.executed))
+            plan = self.plan._replace(decisions=vla_worlds.decisions_of(self.world, self.tasks, self.plan.executed))
             acting, params = Acting(plan, split="test"), self.to_act(self.put(params))
             good = hosts.fetch(self.world.play(self.policies[head].greedy, params, starts, key, acting).success)
         return dict(zip(self.tasks, good[: len(asked)].reshape(len(self.tasks), part.episodes).mean(1)))

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from experiments import stages, vla_policies
-from experiments.vla_methods import PRACTISED, Acting, Demonstrations, Starts, collected
+from experiments.vla_worlds import PRACTISED, Acting, Demonstrations, Starts, collected
 from opd_jax import hosts, rng, sharding
 from opd_jax.config import ConfigError
 from opd_jax.models import vla
@@ -122,7 +122,7 @@ def demonstrate(starts: Starts, key, steps: int, split: str = "train") -> Episod
 
 
 class Tabletop:
-    """`vla_methods.World`."""
+    """`vla_worlds.World`."""
 
     expert, settle, SUITES, goal = True, 0, tabletop.SUITES, "the goal holds and the hand is free"
     tasks, identity, teacher = tabletop.TASKS, {}, None

@@ -97,6 +97,7 @@ class EpisodeRollout(NamedTuple):
     task: Int[Array, "B"]
     states: PyTree = None  # leaves [B, T, ...], of the environment at each decision: what a scripted expert labels
     redone: Int[Array, "B 2"] | None = None  # how often begun again: it failed; another of its process failed
+    played: dict[str, Float[Array, "B"]] | None = None  # what it has cost, those that gave way to it included
 
 
 class ActionLabels(NamedTuple):

@@ -8,10 +8,20 @@ from changing import changed
 
 from configs import vla_base as base_configs
 from configs import vla_opd as configs
-from experiments import stages, vla, vla_base, vla_methods, vla_notes, vla_pictures, vla_tabletop
+from experiments import (
+    stages,
+    vla,
+    vla_base,
+    vla_episodes,
+    vla_methods,
+    vla_notes,
+    vla_pictures,
+    vla_tabletop,
+    vla_worlds,
+)
 from experiments.recipes import arm_recipe
-from experiments.vla_methods import Acting, Starts
 from experiments.vla_stages import Experiment
+from experiments.vla_worlds import Acting, Starts
 from opd_jax import optim
 from opd_jax.checkpoint import params_sha256
 from opd_jax.config import ConfigError
@@ -56,7 +66,7 @@ def test_demonstrated_chunks_are_what_the_expert_went_on_to_do():
     rollout = EpisodeRollout(
         (seen, actions), actions, live[:, :, None], np.array([1.0, 0]), live.sum(1), index, index + 5
     )
-    found = vla_methods.as_demonstrations(rollout, 2)
+    found = vla_worlds.as_demonstrations(rollout, 2)
     np.testing.assert_array_equal(found.observation["step"], [0, 1, 2])
     np.testing.assert_array_equal(found.actions[:, :, 0], [[0, 1], [1, 2], [2, 3]])
     np.testing.assert_array_equal(found.counted, [[True, True], [True, True], [True, False]])
@@ -191,11 +201,46 @@ def test_practice_also_points_at_what_is_named(experiment, params):
 
 
 def test_a_cost_is_counted(played):
-    cost = vla_methods._cost(played)
+    count = lambda rollout: {name: value.sum() for name, value in vla_episodes.counts(rollout, {}).items()}
+    cost = count(played)
     assert cost["environment_steps"] == played.length.sum() == 8 * 6
-    assert cost["decisions"] == 16 and "redone" not in cost
-    again = vla_methods._cost(played._replace(redone=jnp.tile(jnp.array([1, 2]), (8, 1))))
+    assert (cost["episodes"], cost["decisions"]) == (8, 16) and "redone" not in cost
+    again = count(played._replace(redone=jnp.tile(jnp.array([1, 2]), (8, 1))))
     assert (again["redone"], again["redone_beside"]) == (8, 16)
+
+
+def test_groups_that_teach_nothing_give_way_and_are_counted(experiment, params):
+    """GRPO of eight scenes, two episodes each: all fail, then one group of each refill is told to be of two kinds."""
+    recipe = arm_recipe(experiment.config, "opd_then_grpo")
+    recipe.unlock()
+    recipe.update({"refills": 2, "updates": 2})
+    method, optimizer = experiment.policies["bins"].on_policy(recipe)
+    batch = next(experiment.scenes(recipe, 0)) | {"decisions": 1}
+    assert [starts.task.shape for starts in batch["more"]] == [(8,), (8,)]
+    alone = {name: value for name, value in batch.items() if name != "more"}
+    plain, good, asked, play = method.sample(params, alone, jax.random.key(1)), (16, 14, 2), [], experiment.world.play
+
+    def told(act, params, starts, key, acting):
+        rollout = play(act, params, starts, key, acting)
+        asked.append(starts)
+        success = jnp.zeros(16).at[good[len(asked) - 1]].set(1.0)
+        return rollout._replace(success=jax.device_put(success, rollout.success.sharding))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment.world, "play", told)
+        rollout = method.sample(params, batch, jax.random.key(1))
+    assert len(asked) == 3  # all there are
+    assert rollout.success.tolist() == [1, 0, 1, 0] + [0] * 12
+    np.testing.assert_array_equal(rollout.task[::2], [asked[1].task[7], asked[2].task[1], *asked[0].task[:6]])
+    kept = lambda rollout, rows: jax.tree.map(lambda leaf: np.asarray(leaf)[rows], (rollout.drawn, rollout.observation))
+    same = kept(rollout, slice(4, None)), kept(plain, slice(12))
+    jax.tree.map(np.testing.assert_array_equal, *same)  # the first are those of no refills
+
+    labels = method.label(None, rollout)
+    assert (labels.advantage != 0).tolist() == [True] * 4 + [False] * 12
+    _, metrics = method.update(optim.init_state(params, optimizer), rollout, labels, jax.random.key(2))
+    assert metrics["episodes"] == 48 and metrics["success"] == np.float32(2 / 48)
+    assert metrics["environment_steps"] == 3 * plain.length.sum()
 
 
 def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
@@ -250,6 +295,17 @@ def test_the_demonstrations_of_a_config_are_successes_of_its_tasks(experiment):
         ({"opd__batch_size": 7}, "arms opd_then_grpo, vla_opd: batch_size=7: does not split"),
         ({"opd__micro_batches": 5}, "micro_batches=5"),
         ({"arms__opd_then_grpo__group": 1}, "group=1 (arm opd_then_grpo)"),
+        ({"opd__updates": 0}, "updates=0 (arms opd_then_grpo, vla_opd): give 1 or more"),
+        ({"opd__updates": 3}, "16 episodes do not divide into updates=3"),
+        ({"opd__updates": 4}, "arms opd_then_grpo, vla_opd: records=4: does not split over 8 devices"),
+        (
+            {"arms__vla_opd": {"objective": "sampled", "acting_temperature": 1.0, "updates": 2}},
+            "updates=2 (arm vla_opd): objective='sampled' is of the policy that drew; set 1",
+        ),
+        ({"arms__opd_then_grpo__refills": -1}, "refills=-1 (arm opd_then_grpo)"),
+        ({"arms__vla_opd__refills": 1}, "refills=1 (arm vla_opd): are of method='grpo'; set 0"),
+        ({"opd__kept": (0.9, 0.1)}, "kept=(0.9, 0.1) (arms opd_then_grpo, sft_many, vla_opd): give two shares"),
+        ({"opd__kept": (0.5,)}, "kept=(0.5,)"),
     ],
 )
 def test_what_is_refused_before_anything(changes, says):
@@ -382,14 +438,13 @@ def test_success_of_every_suite_is_counted_and_shown_apart(tmp_path, played):
     world, suites = experiment.world, experiment.config.suites
     goal = next(i for i, task in enumerate(world.tasks) if task.suite == "goal")
     mixed = played._replace(task=jnp.array([goal] * 3 + [experiment.tasks[0]] * 5), success=jnp.arange(8.0) % 2)
-    counts = vla_methods._by_suite(mixed, vla_methods.of_suites(world, suites))
-    assert {name: float(value) for name, value in counts.items()} == {
-        "episodes_object": 5.0, "succeeded_object": 3.0, "episodes_goal": 3.0, "succeeded_goal": 1.0
-    }  # fmt: skip
-    assert vla_methods.of_suites(world, ("object",)) == {}
+    counts = vla_episodes.counts(mixed, vla_episodes.of_suites(world, suites))
+    counts = {name: float(value.sum()) for name, value in counts.items() if name.split("_")[-1] in suites}
+    assert counts == {"episodes_object": 5, "succeeded_object": 3, "episodes_goal": 3, "succeeded_goal": 1}
+    assert vla_episodes.of_suites(world, ("object",)) == {}
     line = {"stage": "vla_opd_seed0", "seconds": 1.0, "success": 0.5, "environment_steps": 9, "decisions": 3.0}
     none = {"episodes_object": 8.0, "succeeded_object": 2.0, "episodes_goal": 0.0, "succeeded_goal": 0.0}
-    lines = [line | none, line | {name: float(value) for name, value in counts.items()}]
+    lines = [line | none, line | counts]
     found = vla.by_costs(experiment, lines)
     assert found["goal by environment_steps"] == {"vla_opd_seed0": ([18], [pytest.approx(1 / 3)])}
     assert found["object by environment_steps"] == {"vla_opd_seed0": ([9, 18], [0.25, 0.6])}

@@ -20,10 +20,22 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from host_dying import Dying
 
 from configs import vla_opd as configs
-from experiments import vla, vla_demos, vla_host, vla_methods, vla_notes, vla_openvla, vla_pictures, vla_policies
+from experiments import (
+    vla,
+    vla_demos,
+    vla_episodes,
+    vla_host,
+    vla_methods,
+    vla_notes,
+    vla_openvla,
+    vla_pictures,
+    vla_policies,
+    vla_worlds,
+)
 from experiments.recipes import arm_recipe
-from experiments.vla_methods import GIVEN, Acting
+from experiments.vla_methods import GIVEN
 from experiments.vla_stages import Experiment
+from experiments.vla_worlds import Acting
 from opd_jax import config as config_lib
 from opd_jax import optim, rng
 from opd_jax.config import ConfigError
@@ -154,12 +166,13 @@ def test_episodes_of_a_process_that_died_are_played_again_and_counted(tmp_path, 
     world = experiment.world
     params = jax.jit(experiment.module.init)(jax.random.key(0), world.example)["params"]
     act = vla_methods.greedy(vla_methods.logits_fn(experiment.module))
-    starts, update = world.starts(experiment.tasks, 0), vla_methods.counting(lambda *_: (None, {}), {})
+    starts, update = world.starts(experiment.tasks, 0), vla_episodes.counting(lambda *_: (None, {}))
 
     def play(dies: bool, split: str = "train"):
         mark.touch() if dies else None
         rollout = world.play(act, params, starts, jax.random.key(1), Acting(Plan(2, 2), split=split))
-        return rollout, update(None, rollout, None, None)[1]
+        counts = vla_episodes.counts(rollout, {})
+        return rollout, update(None, rollout._replace(played=counts), None, None)[1]
 
     (well, quiet), (again, counted) = play(False), play(True)
     assert not mark.exists() and np.asarray(again.redone).sum(0).tolist() == [1, 1]
@@ -284,7 +297,7 @@ def test_a_run_learns_from_the_demonstrations_of_a_data_set(experiment, tmp_path
 
 
 def test_a_horizon_in_which_the_expert_never_succeeds_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(vla_methods, "PATIENCE", 2)
+    monkeypatch.setattr(vla_worlds, "PATIENCE", 2)
     own = Experiment(config_of(simulators__horizon=3), tmp_path, MESH)
     with pytest.raises(ConfigError, match=r"v3: its expert fails in all of 2 episodes of 3 steps and shows"):
         own.few  # noqa: B018

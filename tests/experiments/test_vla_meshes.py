@@ -11,7 +11,7 @@ from meshes import TENSOR, exhaustive
 from configs import vla_opd as configs
 from experiments import stages, vla_flow, vla_methods, vla_tabletop
 from experiments.recipes import arm_recipe
-from experiments.vla_methods import Acting, Starts
+from experiments.vla_worlds import Acting, Starts
 from opd_jax import optim, sharding
 from opd_jax.losses.policy_gradient import RewardLabels
 from opd_jax.models.decoder import partition_rules
