@@ -329,11 +329,13 @@ def write_report(
         heat_maps: caption to maps that share a scale of colours.
         timings: seconds of wall time by stage.
         versions: as `config.versions()` returns them.
-        notes: sentences, shown under the heading.
+        notes: sentences, shown under the tables.
     """
-    parts = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(note)}</p>" for note in notes)]
+    parts = [f"<h1>{_text(title)}</h1>"]
     for caption, rows in tables.items():
         parts += [f"<h2>{_text(caption)}</h2>", _table(rows)]
+    if notes:
+        parts.append('<ul class="soft">' + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>")
     parts += [_samples(samples) for samples in images]
     for caption, maps in heat_maps.items():
         parts += [f"<h2>{_text(caption)}</h2>", _heat_maps(maps)]

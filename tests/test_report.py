@@ -168,6 +168,7 @@ def test_report_shows_what_it_was_given(page):
     assert '<td class="number best">0.901 ± 0.011</td>' in page and "None" not in text
     assert "image-rendering: pixelated" in page and "prefers-color-scheme: dark" in page
     assert 'style="width:50.0%"' in page  # the bar of `update`
+    assert page.index("0.901 ± 0.011") < page.index("Means over 64 prompts.") < page.index("a red circle")
 
 
 def test_sample_pixels_are_exact(page):
