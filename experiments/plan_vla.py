@@ -148,7 +148,7 @@ def steps(config, mesh, name: str) -> list[Step]:
         made.append(one("copy", copy, frozen + resting, count=every))
     made.append(acted._replace(times=recipe.steps * setup.decisions * -(-episodes // acting_at_once)))
     if by_policy:
-        read = vla_methods.network_labels(policy_fn, recipe.micro_batches)
+        read = vla_methods.network_labels(policy_fn, recipe.micro_batches * recipe.updates)
         made.append(one("label", lowering(read, taught, rollout), begun + bytes_of(state), count=every))
     return [*made, one("update", lowering(update, state, rollout, labels, KEY), frozen, count=every)]
 

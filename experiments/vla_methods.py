@@ -146,7 +146,7 @@ def bins(world: World, plan: Plan, sigma: float, floor: float, suites: Sequence[
         update, optimizer = update_of(supervise, recipe)
         asked = module.horizon if recipe.teacher == EXPERT and not by_success else 0
         sample = acted(world, drawn(acting), recipe, plan, asked, suites)
-        said = label if recipe.teacher == EXPERT else network_labels(policy_fn, recipe.micro_batches)
+        said = label if recipe.teacher == EXPERT else network_labels(policy_fn, recipe.micro_batches * recipe.updates)
         return Method(sample, jax.jit(reward_labels) if by_success else said, counting(update)), optimizer
 
     init = lambda key, observation: module.init(key, observation)["params"]
